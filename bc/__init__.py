@@ -1,0 +1,25 @@
+"""Post-training quantization with Bias Compensation (Gong et al., arXiv 2404.01892).
+
+Three lines::
+
+    import bc
+    model = bc.load("smollm2_135m")
+    report = bc.quantize(model, quantizer="gptq", bits="w3", bc="sink", calibration=samples)
+
+Everything that is not named here is private to the package and may change.
+"""
+
+from bc.api import perplexity, quantize
+from bc.compensation import BiasCompensation
+from bc.errors import QuantizationError, UserError
+from bc.models import load, load_tokenizer
+
+__all__ = [
+    "BiasCompensation",
+    "QuantizationError",
+    "UserError",
+    "load",
+    "load_tokenizer",
+    "perplexity",
+    "quantize",
+]

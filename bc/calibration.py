@@ -1,0 +1,276 @@
+"""The streaming calibration engine: capture what enters the blocks, replay block by block.
+
+Only one block's inputs are kept for each stream of samples. A stream holds, for each batch, the hidden states that
+enter the current block and every other argument that the model passed to its blocks; :meth:`Stream.advance` replaces
+the hidden states by the block's outputs. Beside the model itself (once, in host memory) the engine needs two blocks on
+the device, the activations of its streams, and the statistics of one block, whatever the number of blocks.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bc.errors import UserError
+from bc.models import Family, submodule
+from bc.positions import PositionContext, token_positions
+
+STORES = ("device", "host", "disk")
+
+
+class StopForward(Exception):  # noqa: N818 (a signal, not an error)
+    """Raised by a hook to end a forward once what is wanted has been captured."""
+
+
+def move(value: Any, device: torch.device) -> Any:
+    """Move every tensor in nested tuples, lists and dicts to a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {k: move(v, device) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(move(v, device) for v in value)
+    return value
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two nested structures hold equal tensors and values."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (tuple, list)):
+        return type(a) is type(b) and len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a is b or a == b)
+
+
+def output_of(result: Any) -> Tensor:
+    """Hidden states in a block's result: the tensor itself, or the first element of a tuple."""
+    return result if isinstance(result, Tensor) else result[0]
+
+
+class ActivationCache:
+    """Hidden states of all batches, kept on the device, in host memory, or in memory-mapped files.
+
+    Args:
+        store: ``device``, ``host`` or ``disk``.
+        device: Where the states are used.
+    """
+
+    def __init__(self, store: str, device: torch.device) -> None:
+        if store not in STORES:
+            raise UserError(f"activations: {store!r} is not known; allowed: {', '.join(STORES)}")
+        self.store, self.device = store, device
+        self._items: list[Tensor] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="bc-activations-") if store == "disk" else None
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of what is kept, in bytes."""
+        return sum(t.numel() * t.element_size() for t in self._items)
+
+    def append(self, value: Tensor) -> None:
+        """Keep the states of one more batch."""
+        if self._folder is not None:
+            path = Path(self._folder.name) / f"{len(self._items):06d}.bin"
+            mapped = torch.from_file(str(path), shared=True, size=value.numel(), dtype=value.dtype)
+            self._items.append(mapped.view(value.shape).copy_(value))
+        else:
+            self._items.append(value.to(self.device if self.store == "device" else "cpu", copy=True))
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._items[index].to(self.device)
+
+    def __setitem__(self, index: int, value: Tensor) -> None:
+        self._items[index].copy_(value)
+
+
+@dataclass
+class Call:
+    """Everything but the hidden states that the model passes to its blocks, for one batch."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    positions: Tensor
+    valid: Tensor | None
+    keyword: str | None
+
+
+class Stream:
+    """A set of samples on its way through the blocks.
+
+    Args:
+        calls: The blocks' other arguments, a batch each.
+        cache: The hidden states that enter the current block.
+        context: The model's positions, set before each block is run.
+    """
+
+    def __init__(self, calls: list[Call], cache: ActivationCache, context: PositionContext) -> None:
+        self.calls, self.cache, self.context = calls, cache, context
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    @property
+    def length(self) -> int:
+        """Number of positions of the longest sample."""
+        return max(int(c.positions.max()) for c in self.calls) + 1
+
+    def fork(self) -> Stream:
+        """A second stream over the same samples, whose hidden states may go their own way."""
+        cache = ActivationCache(self.cache.store, self.cache.device)
+        for i in range(len(self)):
+            cache.append(self.cache[i])
+        return Stream(self.calls, cache, self.context)
+
+    def run(self, block: nn.Module, index: int) -> Tensor:
+        """Output of a block for one batch."""
+        call, hidden = self.calls[index], self.cache[index]
+        self.context.set(call.positions, call.valid)
+        if call.keyword is None:
+            return output_of(block(hidden, *call.args, **call.kwargs))
+        return output_of(block(*call.args, **{call.keyword: hidden}, **call.kwargs))
+
+    def advance(self, block: nn.Module) -> None:
+        """Replace the hidden states of every batch by the block's outputs."""
+        for i in range(len(self)):
+            self.cache[i] = self.run(block, i)
+
+
+Samples = Tensor | Sequence[Tensor] | Sequence[dict[str, Tensor]]
+
+
+def batches(samples: Samples, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """Cut samples into batches of model inputs.
+
+    Args:
+        samples: Token ids of shape (samples, tokens); or a list of id tensors, of lengths that may differ, each of
+            shape (tokens,) or (batch, tokens); or a list of dicts with ``input_ids`` and ``attention_mask``.
+        batch_size: Most samples in a batch. Samples of different lengths are never padded together.
+    """
+    if isinstance(samples, Tensor):
+        for part in samples.split(batch_size):
+            yield {"input_ids": part}
+        return
+    waiting: list[Tensor] = []
+    for sample in samples:
+        if isinstance(sample, dict):
+            yield {k: v if v.dim() > 1 else v[None] for k, v in sample.items()}
+            continue
+        rows = sample if sample.dim() > 1 else sample[None]
+        if waiting and (rows.shape[1] != waiting[0].shape[1] or sum(map(len, waiting)) + len(rows) > batch_size):
+            yield {"input_ids": torch.cat(waiting)}
+            waiting = []
+        waiting.append(rows)
+    if waiting:
+        yield {"input_ids": torch.cat(waiting)}
+
+
+@torch.no_grad()
+def capture(
+    model: nn.Module, family: Family, samples: Samples, batch_size: int, device: torch.device, store: str = "host"
+) -> Stream:
+    """Run the part of a model before its blocks and keep everything that enters the first block.
+
+    Args:
+        model: A causal language model on the CPU.
+        family: Its adapter.
+        samples: See :func:`batches`.
+        batch_size: Samples per batch.
+        device: Where the blocks will run.
+        store: Where hidden states are kept: ``device``, ``host`` or ``disk``.
+
+    Raises:
+        UserError: There are no samples.
+    """
+    context = PositionContext.of(model)
+    cache = ActivationCache(store, device)
+    calls: list[Call] = []
+
+    def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keyword = None if args else "hidden_states"
+        hidden = args[0] if keyword is None else kwargs[keyword]
+        rest = {k: v for k, v in kwargs.items() if k != keyword}
+        positions, valid = context.positions, context.valid
+        if positions is None:
+            positions, valid = token_positions(hidden.shape[1], None, 0, None, hidden.device)
+        call = move_call(Call(args[1:], rest, positions, valid, keyword), device)
+        if calls and same(vars(calls[-1]), vars(call)):
+            call = calls[-1]
+        calls.append(call)
+        cache.append(hidden)
+        raise StopForward
+
+    blocks = submodule(model, family.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    handle = blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        for batch in batches(samples, batch_size):
+            try:
+                model(**batch, use_cache=False)
+            except StopForward:
+                pass
+    finally:
+        handle.remove()
+    if not calls:
+        raise UserError("calibration: there are no samples; give at least one")
+    return Stream(calls, cache, context)
+
+
+def move_call(call: Call, device: torch.device) -> Call:
+    """The same call with its tensors on a device."""
+    return Call(**{k: move(v, device) for k, v in vars(call).items()})
+
+
+@torch.no_grad()
+def logits(model: nn.Module, family: Family, stream: Stream, index: int) -> Tensor:
+    """Apply what follows the blocks to one batch of a stream that has passed them all."""
+    hidden = stream.cache[index]
+    stream.context.set(stream.calls[index].positions, stream.calls[index].valid)
+    for path in family.tail:
+        module = submodule(model, path)
+        if module is not None:
+            hidden = module(hidden)
+    return hidden
+
+
+@contextmanager
+def on_device(device: torch.device, *modules: nn.Module | None) -> Iterator[None]:
+    """Keep modules on a device for a while, then put them back on the CPU."""
+    present = [m for m in modules if m is not None]
+    for module in present:
+        module.to(device)
+    try:
+        yield
+    finally:
+        for module in present:
+            module.to("cpu")
+
+
+@contextmanager
+def hooked(hooks: dict[nn.Module, Callable[..., Any]], *, inputs: bool) -> Iterator[None]:
+    """Attach hooks for a while.
+
+    Args:
+        hooks: Module → function of (module, args, kwargs), for inputs, or of (module, args, kwargs, output).
+        inputs: Hook the inputs (before the forward) instead of the outputs.
+    """
+    handles = [
+        m.register_forward_pre_hook(f, with_kwargs=True) if inputs else m.register_forward_hook(f, with_kwargs=True)
+        for m, f in hooks.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

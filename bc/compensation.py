@@ -1,0 +1,292 @@
+"""Bias Compensation (BC): statistics, closed forms, the bias as a module, folding.
+
+Gong et al., "Minimize Quantization Output Error with Bias Compensation", arXiv 2404.01892. For a module with float
+output Y and quantized output Ŷ, the bias that minimises E‖Y − (Ŷ + b)‖² is b* = E[Y − Ŷ] (convex, closed form). For a
+linear site Y = W x, Ŷ = Ŵ x̂, so b* = W E[x] − Ŵ E[x̂]: the mean inputs are enough and no quantized forward is needed.
+
+A bias is a table of rows. ``channel`` has one row; ``sink`` has one for each of the first k positions and one that all
+later positions share; ``positional`` has one per position. Beyond the fitted length, a positional bias uses the mean of
+its rows after the first: position 0 is left out because it is an attention sink whose mean is unlike the others'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bc.errors import QuantizationError, UserError
+from bc.positions import PositionContext
+
+CHILD = "compensation"
+
+
+class PositionSums:
+    """Running sums of vectors by token position: mergeable, weighted by samples.
+
+    Args:
+        positions: Number of positions (the window).
+        channels: Length of a vector.
+        device: Where to keep the sums.
+
+    Attributes:
+        total: fp64, shape (positions, channels).
+        count: fp64, shape (positions,): how many vectors were added at each position.
+    """
+
+    def __init__(self, positions: int, channels: int, device: torch.device | None = None) -> None:
+        self.total = torch.zeros(positions, channels, dtype=torch.float64, device=device)
+        self.count = torch.zeros(positions, dtype=torch.float64, device=device)
+
+    def add(self, values: Tensor, positions: Tensor, valid: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            values: Shape (batch, tokens, channels), or (batch · tokens, channels) in the same order.
+            positions: int64, shape (1 or batch, tokens).
+            valid: bool, shape (batch, tokens): False entries are left out.
+        """
+        values = values.reshape(-1, positions.shape[1], values.shape[-1])
+        if valid is None and positions.shape[0] == 1:
+            self.total.index_add_(0, positions[0], values.sum(0, dtype=torch.float32).double())
+            self.count.index_add_(0, positions[0], torch.full_like(positions[0], len(values), dtype=torch.float64))
+            return
+        index = positions.expand(len(values), -1).reshape(-1)
+        flat = values.reshape(-1, values.shape[-1]).double()
+        if valid is not None:
+            keep = valid.reshape(-1)
+            index, flat = index[keep], flat[keep]
+        self.total.index_add_(0, index, flat)
+        self.count.index_add_(0, index, torch.ones_like(index, dtype=torch.float64))
+
+    def merge(self, other: PositionSums) -> None:
+        """Add the sums of other samples."""
+        self.total += other.total.to(self.total.device)
+        self.count += other.count.to(self.count.device)
+
+    def mean(self, granularity: str, sink_positions: int = 1) -> Tensor:
+        """Means as rows of a bias table.
+
+        Args:
+            granularity: ``channel``, ``sink`` or ``positional``.
+            sink_positions: k of ``sink``.
+
+        Returns:
+            fp32, shape (1, channels), (k + 1, channels) or (positions, channels). A position that no sample reached
+            gets the mean over all samples.
+
+        Raises:
+            UserError: No sample was added.
+        """
+        samples = self.count.sum()
+        if samples == 0:
+            raise UserError("calibration: no samples were seen; give at least one")
+        overall = self.total.sum(0, keepdim=True) / samples
+        if granularity == "channel":
+            return overall.float()
+        total, count = self.total, self.count
+        if granularity == "sink":
+            k = min(sink_positions, len(count) - 1) if len(count) > 1 else 0
+            total = torch.cat([total[:k], total[k:].sum(0, keepdim=True)])
+            count = torch.cat([count[:k], count[k:].sum(0, keepdim=True)])
+        seen = count > 0
+        rows = torch.where(seen[:, None], total / count.clamp(min=1)[:, None], overall)
+        return rows.float()
+
+
+def linear_bias(weight: Tensor, quantized: Tensor, mean_input: Tensor, mean_quantized: Tensor | None = None) -> Tensor:
+    """Optimal bias of a linear site: W E[x] − Ŵ E[x̂].
+
+    Args:
+        weight: Float weight, shape (out, in).
+        quantized: Quantized weight, shape (out, in).
+        mean_input: E[x], shape (rows, in).
+        mean_quantized: E[x̂], the mean of what the quantized module is fed; None where that is x itself.
+
+    Returns:
+        fp32 bias, shape (rows, out).
+    """
+    weight, quantized, mean_input = weight.float(), quantized.float(), mean_input.float()
+    if mean_quantized is None:
+        return mean_input @ (weight - quantized).T
+    return mean_input @ weight.T - mean_quantized.float() @ quantized.T
+
+
+class BiasCompensation(nn.Module):
+    """The bias of one site, added to the site's output.
+
+    Args:
+        bias: Rows of the table, shape (rows, channels), floating.
+        granularity: ``channel``, ``sink`` or ``positional``; says what a row is.
+        context: Positions of the forward under way; without one, positions count from 0 along the output's
+            second-to-last axis.
+        dtype: Storage type.
+
+    The state dict holds ``bias`` in its shape.
+
+    Raises:
+        QuantizationError: A bias is not finite, or too large for the storage type.
+    """
+
+    bias: Tensor
+
+    def __init__(
+        self,
+        bias: Tensor,
+        granularity: str,
+        context: PositionContext | None = None,
+        dtype: torch.dtype = torch.float16,
+    ) -> None:
+        super().__init__()
+        if not bool(torch.isfinite(bias).all()):
+            raise QuantizationError("the bias is not finite; look for NaN or Inf in the weights or the activations")
+        stored = bias.to(dtype)
+        if not bool(torch.isfinite(stored).all()):
+            raise QuantizationError(f"a bias of {bias.abs().max():.3g} does not fit {dtype}; set bc.dtype=float32")
+        self.register_buffer("bias", stored)
+        self.granularity = granularity
+        self.context = context
+
+    def extra_repr(self) -> str:
+        """Shape and granularity, for printing a model."""
+        return f"{self.granularity}, rows={self.bias.shape[0]}, channels={self.bias.shape[1]}, dtype={self.bias.dtype}"
+
+    def table(self) -> Tensor:
+        """Rows by position; the last row serves every later position. Shape (rows or rows + 1, channels)."""
+        if self.granularity != "positional" or len(self.bias) < 2:
+            return self.bias
+        beyond = self.bias[1:].float().mean(0, keepdim=True).to(self.bias.dtype)
+        return torch.cat([self.bias, beyond])
+
+    def rows(self, tokens: int) -> Tensor:
+        """Bias of each of the last ``tokens`` tokens, shape (1 or batch, tokens, channels)."""
+        positions = self.context.positions if self.context is not None else None
+        if positions is None:
+            positions = torch.arange(tokens, device=self.bias.device)[None]
+        positions = positions[:, -tokens:].to(self.bias.device)
+        table = self.table()
+        return table[positions.clamp(max=len(table) - 1)]
+
+    def forward(self, output: Tensor) -> Tensor:
+        """Add the bias.
+
+        Args:
+            output: Shape (batch, tokens, channels), or (batch · tokens, channels) where the model flattens its tokens.
+
+        Returns:
+            A new tensor of the same shape and dtype; the argument is not changed.
+        """
+        if len(self.bias) == 1:
+            return output + self.bias[0].to(output.dtype)
+        if output.dim() > 2:
+            return output + self.rows(output.shape[-2]).to(output.dtype)
+        known = self.context.positions if self.context is not None else None
+        tokens = known.shape[1] if known is not None else len(output)
+        shaped = output.reshape(-1, tokens, output.shape[-1])
+        return (shaped + self.rows(tokens).to(output.dtype)).reshape(output.shape)
+
+    def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Forward hook: compensate a tensor, or the first element of a tuple."""
+        if isinstance(output, Tensor):
+            return self(output)
+        return (self(output[0]), *output[1:])
+
+
+def attach(
+    module: nn.Module,
+    bias: Tensor,
+    granularity: str,
+    context: PositionContext | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> BiasCompensation:
+    """Compensate a module's output from now on.
+
+    Where the module is compensated already, the new bias is what remained after the old one, and is added to it.
+
+    Args:
+        module: Any module whose output is a tensor or a tuple that starts with one.
+        bias: Shape (rows, channels).
+        granularity: See :class:`BiasCompensation`.
+        context: See :class:`BiasCompensation`.
+        dtype: Storage type.
+
+    Returns:
+        The bias, registered as the child ``compensation`` of the module.
+
+    Raises:
+        UserError: The module has a bias of another shape.
+    """
+    old = compensation_of(module)
+    if old is not None:
+        if old.bias.shape != bias.shape or old.granularity != granularity:
+            raise UserError(
+                f"bc.granularity: the site has a {old.granularity} bias of shape {tuple(old.bias.shape)} and cannot "
+                f"take a {granularity} one of shape {tuple(bias.shape)}; detach the first, or use the same granularity"
+            )
+        bias = old.bias.float().to(bias.device) + bias.float()
+        detach(module)
+    child = BiasCompensation(bias, granularity, context, dtype)
+    module.add_module(CHILD, child)
+    module.register_forward_hook(child.hook)
+    return child
+
+
+def compensation_of(module: nn.Module) -> BiasCompensation | None:
+    """The bias attached to a module, if any."""
+    child = module._modules.get(CHILD)
+    return child if isinstance(child, BiasCompensation) else None
+
+
+def detach(module: nn.Module) -> None:
+    """Remove a module's bias; the output is again what it was."""
+    child = compensation_of(module)
+    if child is not None:
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__self__", None) is child:
+                del module._forward_hooks[key]
+        del module._modules[CHILD]
+
+
+def fold(module: nn.Module) -> bool:
+    """Fold a channel bias into a module's own bias (made where there is none), so that it costs nothing.
+
+    Args:
+        module: A Linear or Conv2d with a :class:`BiasCompensation` of one row attached.
+
+    Returns:
+        True if the bias was folded; False where the site or the granularity does not allow it.
+    """
+    child = compensation_of(module)
+    if child is None or len(child.bias) != 1 or not isinstance(module, (nn.Linear, nn.Conv2d)):
+        return False
+    extra = child.bias[0].to(module.weight.device, torch.float32)
+    own = module.bias
+    total = extra if own is None else own.detach().float() + extra
+    module.bias = nn.Parameter(total.to(module.weight.dtype), requires_grad=False)
+    detach(module)
+    return True
+
+
+def bias_parameters(model: nn.Module) -> int:
+    """Number of bias values that compensation added beside the modules' own parameters."""
+    return sum(m.bias.numel() for m in model.modules() if isinstance(m, BiasCompensation))
+
+
+def optimal_bias(float_outputs: Sequence[Tensor], quantized_outputs: Sequence[Tensor], granularity: str) -> Tensor:
+    """Optimal bias from pairs of outputs (the definition; sites with a closed form do not need it).
+
+    Args:
+        float_outputs: Tensors of shape (batch, tokens, channels); batches and lengths may differ.
+        quantized_outputs: The same shapes.
+        granularity: ``channel``, ``sink`` or ``positional``.
+
+    Returns:
+        fp32 bias, shape (rows, channels).
+    """
+    longest = max(y.shape[1] for y in float_outputs)
+    sums = PositionSums(longest, float_outputs[0].shape[-1], float_outputs[0].device)
+    for y, y_hat in zip(float_outputs, quantized_outputs, strict=True):
+        sums.add(y.float() - y_hat.float(), torch.arange(y.shape[1], device=y.device)[None])
+    return sums.mean(granularity)

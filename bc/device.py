@@ -1,0 +1,96 @@
+"""Devices, memory and threads: the only file that names cuda."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from bc.errors import UserError
+
+
+def resolve(name: str = "auto") -> torch.device:
+    """Turn a device name into a device that exists here.
+
+    Args:
+        name: ``auto`` (the GPU where there is one, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Returns:
+        The device.
+
+    Raises:
+        UserError: The name is malformed or the device is absent.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda:0" if count else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or (index and not index.isdigit()):
+        raise UserError(f"device: {name!r} is not known; allowed: auto, cpu, cuda, cuda:N; set device=auto")
+    if not count or int(index or 0) >= count:
+        raise UserError(f"device: {name!r} is absent here ({count} CUDA devices found); set device=auto or device=cpu")
+    return torch.device("cuda", int(index or 0))
+
+
+def describe(device: torch.device) -> str:
+    """Human-readable name of a device, for provenance (GPU model, or CPU model and thread count)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_model()} ({torch.get_num_threads()} threads)"
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new peak-memory measurement where the device keeps one (CUDA)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory in MiB: of the device's allocator on CUDA, of the whole process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def free_memory_bytes(device: torch.device) -> int | None:
+    """Free bytes on a GPU; None on the CPU, where the model already lives."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the device's memory is exhausted."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    )
+
+
+def release(device: torch.device) -> None:
+    """Give cached blocks back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def make_deterministic() -> None:
+    """Fix the arithmetic policy: full fp32 matmuls (no TF32) and deterministic convolution algorithms."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True

@@ -1,0 +1,38 @@
+"""Errors that a user can mend, told in one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in the input: the message names the field, the value, what is allowed and the mend.
+
+    Command lines print the message alone, without a traceback, and exit with status 2.
+    """
+
+
+class QuantizationError(RuntimeError):
+    """A quantizer could not produce a valid result for a site (named in the message)."""
+
+
+class OutOfMemoryError(RuntimeError):
+    """The device ran out of memory even at batch size 1; the message says what to lower."""
+
+
+def unknown(field: str, value: object, allowed: Iterable[object]) -> UserError:
+    """Build the error for a value that is not one of a closed set.
+
+    Args:
+        field: Dotted name of the setting.
+        value: What was given.
+        allowed: The values that are accepted.
+
+    Returns:
+        A :class:`UserError` that lists the allowed values and the nearest one.
+    """
+    names = sorted(str(a) for a in allowed)
+    near = difflib.get_close_matches(str(value), names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return UserError(f"{field}: {value!r} is not known; allowed: {', '.join(names)}{hint}")

@@ -1,0 +1,95 @@
+"""Perplexity of language models over non-overlapping windows."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from bc import device as devices
+from bc.calibration import capture, logits, on_device
+from bc.errors import UserError
+from bc.models import family_of, submodule
+from bc.pipeline import Engine, block_list
+from bc.progress import track
+
+HEADROOM = 0.6  # of the free device memory, for the weights of a model that is evaluated whole
+
+
+def check_window(model: nn.Module, window: int) -> None:
+    """Refuse a window that is longer than the model's positions.
+
+    Raises:
+        UserError: Naming both lengths.
+    """
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if longest is not None and window > longest:
+        raise UserError(f"data: a window of {window} tokens is longer than the model's {longest}; lower the window")
+
+
+@torch.no_grad()
+def evaluate_perplexity(model: nn.Module, windows: Tensor, engine: Engine | None = None) -> float:
+    """Perplexity over windows: exp of the mean, over windows, of the mean cross-entropy of tokens 2 … T.
+
+    On a GPU too small for the whole model, the blocks pass through it one at a time.
+
+    Args:
+        model: A causal language model on the CPU.
+        windows: Token ids, int64, shape (windows, tokens).
+        engine: Device and batch size.
+
+    Returns:
+        The perplexity, ≥ 1; infinite where the mean cross-entropy overflows.
+
+    Raises:
+        UserError: No windows, windows of one token, or longer than the model's positions.
+        FloatingPointError: A logit is NaN.
+    """
+    engine = engine or Engine()
+    if windows.dim() != 2 or len(windows) == 0 or windows.shape[1] < 2:
+        raise UserError(f"data: windows of shape {tuple(windows.shape)} cannot be scored; give (windows, 2 or more)")
+    check_window(model, windows.shape[1])
+    total = 0.0
+    if _fits(model, engine.device):
+        with on_device(engine.device, model):
+            parts = windows.split(engine.batch_size)
+            for ids in track(parts, "perplexity", total=len(parts), unit="batch"):
+                ids = ids.to(engine.device)
+                total += _loss(model(input_ids=ids, use_cache=False).logits, ids)
+    else:
+        total = _streamed(model, windows, engine)
+    mean = total / len(windows)
+    if math.isnan(mean):
+        raise FloatingPointError("the model's logits hold NaN; its weights or biases are not finite")
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def _fits(model: nn.Module, device: torch.device) -> bool:
+    free = devices.free_memory_bytes(device)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return free is None or size < HEADROOM * free
+
+
+def _loss(scores: Tensor, ids: Tensor) -> float:
+    """Sum over the batch of each window's mean cross-entropy, in fp32 (one window at a time, to save memory)."""
+    total = 0.0
+    for row, target in zip(scores, ids, strict=True):
+        total += cross_entropy(row[:-1].float(), target[1:]).item()
+    return total
+
+
+@torch.no_grad()
+def _streamed(model: nn.Module, windows: Tensor, engine: Engine) -> float:
+    """The same sum with one block on the device at a time."""
+    family = family_of(model)
+    stream = capture(model, family, windows, engine.batch_size, engine.device, engine.activations)
+    for block in track(block_list(model, family), "perplexity", unit="block"):
+        with on_device(engine.device, block):
+            stream.advance(block)
+    total = 0.0
+    with on_device(engine.device, *(submodule(model, p) for p in family.tail)):
+        for i, ids in enumerate(windows.split(engine.batch_size)):
+            total += _loss(logits(model, family, stream, i), ids.to(engine.device))
+    return total

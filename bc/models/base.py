@@ -1,0 +1,67 @@
+"""What the engine has to know about a family of models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a named model comes from.
+
+    Attributes:
+        repo: Hub repository, ``organisation/name``.
+        revision: Hub revision.
+        embedded: Name of an asset of the embedded suite instead of a hub repository.
+    """
+
+    repo: str = ""
+    revision: str = "main"
+    embedded: str = ""
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of a block whose output may be compensated as a whole.
+
+    Attributes:
+        entry: Path, inside a block, of the module whose input is the part's input.
+        exit: Path of the module whose output is the part's output.
+    """
+
+    entry: str
+    exit: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """Declarative adapter of one family of causal language models.
+
+    Attributes:
+        name: Name of the family.
+        model_types: ``config.model_type`` values that it covers.
+        blocks: Dotted path of the list of transformer blocks.
+        linears: Paths, inside a block, of the Linears to quantize, in groups that share an input, in forward order.
+        opens: For each group, the part whose input it reads: ``attention``, ``mlp``, or empty.
+        attention: The attention part of a block.
+        mlp: The MLP part of a block.
+        tail: Dotted paths of what follows the blocks, in order; a path that leads to None is skipped.
+        head: Dotted path of the module whose output is the logits.
+        catalogue: Names of known models of this family and their sources.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    blocks: str
+    linears: tuple[tuple[str, ...], ...]
+    opens: tuple[str, ...]
+    attention: Region
+    mlp: Region
+    tail: tuple[str, ...]
+    head: str = "lm_head"
+    catalogue: dict[str, Source] = field(default_factory=dict)
+
+    def region(self, name: str) -> Region | None:
+        """The part of that name: ``attention``, ``mlp``, ``block`` (the whole), or None for the empty name."""
+        parts = {"attention": self.attention, "mlp": self.mlp, "block": Region("", ""), "": None}
+        return parts[name]

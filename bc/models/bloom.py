@@ -1,0 +1,20 @@
+"""BLOOM (arXiv 2211.05100): fused q, k, v; alibi instead of position embeddings."""
+
+from bc.models.base import Family, Region, Source
+
+FAMILY = Family(
+    name="bloom",
+    model_types=("bloom",),
+    blocks="transformer.h",
+    linears=(
+        ("self_attention.query_key_value",),
+        ("self_attention.dense",),
+        ("mlp.dense_h_to_4h",),
+        ("mlp.dense_4h_to_h",),
+    ),
+    opens=("attention", "", "mlp", ""),
+    attention=Region("self_attention", "self_attention"),
+    mlp=Region("mlp", "mlp"),
+    tail=("transformer.ln_f", "lm_head"),
+    catalogue={"bloom_560m": Source("bigscience/bloom-560m")},
+)

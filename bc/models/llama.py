@@ -1,0 +1,23 @@
+"""LLaMA (arXiv 2302.13971) and models of its architecture: grouped-query attention, tied embeddings, GGUF files."""
+
+from bc.models.base import Family, Region, Source
+
+FAMILY = Family(
+    name="llama",
+    model_types=("llama",),
+    blocks="model.layers",
+    linears=(
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    ),
+    opens=("attention", "", "mlp", ""),
+    attention=Region("self_attn", "self_attn"),
+    mlp=Region("mlp", "mlp"),
+    tail=("model.norm", "lm_head"),
+    catalogue={
+        "llama_7b": Source("huggyllama/llama-7b"),
+        "smollm2_135m": Source(embedded="smollm2"),
+    },
+)

@@ -1,0 +1,189 @@
+"""GPTQ: column-by-column quantization with second-order error propagation.
+
+Frantar, Ashkboos, Hoefler and Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+Transformers", ICLR 2023 (arXiv 2210.17323), Algorithm 1: with H the second moment of the inputs and U the upper
+Cholesky factor of its inverse, column j is rounded and its error, divided by U_jj, is subtracted from the later columns
+in proportion to U_j,·. What we define ourselves: a group's scale is always taken from weights that have received every
+earlier column's update, and dead inputs (H_jj = 0) are zeroed before any scale is taken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bc.errors import QuantizationError, UserError
+from bc.grid import Grid, QuantizedWeight, decode, encode, fit_range, group_index, weight_parameters
+from bc.quantizers.base import Quantizer, WeightResult
+
+MAX_DAMPING = 1.0
+DAMPING_FACTOR = 10.0
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, list[float]]:
+    """Upper Cholesky factor of the inverse of a damped second moment.
+
+    Where a factorization fails, the damping is raised tenfold and recorded; beyond 1 × the mean diagonal it is an
+    error. The result is never replaced by something else.
+
+    Args:
+        hessian: Shape (in, in), symmetric, positive diagonal, fp32 or fp64.
+        damping: Added to the diagonal, as a fraction of its mean.
+
+    Returns:
+        (U with Uᵀ U = (H + λ I)⁻¹, the damping fractions that were tried).
+
+    Raises:
+        QuantizationError: No damping up to 1 makes the matrix positive definite.
+    """
+    mean = hessian.diagonal().mean()
+    tried: list[float] = []
+    while damping <= MAX_DAMPING:
+        tried.append(damping)
+        damped = hessian.clone()
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed and bool(torch.isfinite(upper).all()):
+                return upper, tried
+        damping *= DAMPING_FACTOR
+    raise QuantizationError(
+        f"the second moment of the inputs is not positive definite with damping up to {tried[-1]:g} × its mean "
+        "diagonal; raise quantizer.damping or give more calibration samples"
+    )
+
+
+class GPTQ(Quantizer):
+    """GPTQ for one weight matrix."""
+
+    name = "gptq"
+    needs_hessian = True
+
+    @dataclass(frozen=True)
+    class Options:
+        """Options of GPTQ.
+
+        Attributes:
+            symmetric: Symmetric grid instead of one with a zero point.
+            clip: ``minmax`` or ``mse``.
+            damping: Added to the diagonal of H, as a fraction of its mean.
+            block_size: Columns whose updates are applied to the rest together.
+            act_order: Quantize columns in order of decreasing H_jj.
+            static_groups: Take all groups' scales from the original weights, before any update.
+        """
+
+        symmetric: bool = False
+        clip: Literal["minmax", "mse"] = "minmax"
+        damping: float = 0.01
+        block_size: int = 128
+        act_order: bool = False
+        static_groups: bool = False
+
+        def __post_init__(self) -> None:
+            if not 0 < self.damping <= MAX_DAMPING:
+                raise UserError(f"quantizer.gptq.damping: {self.damping} is out of range; allowed: above 0, to 1")
+            if self.block_size < 1:
+                raise UserError(f"quantizer.gptq.block_size: {self.block_size} is not allowed; use 1 or more")
+
+    def quantize_weight(self, weight: Tensor, hessian: Tensor | None) -> WeightResult:
+        """See :meth:`bc.quantizers.base.Quantizer.quantize_weight`."""
+        if hessian is None:
+            raise QuantizationError("GPTQ needs the second moment of the inputs")
+        o = self.options
+        grid = Grid(self.bits.weight, o.symmetric, self.bits.group_size, "row", o.clip)
+        quantized, tried = gptq(
+            weight, hessian, grid, o.damping, o.block_size, act_order=o.act_order, static_groups=o.static_groups
+        )
+        return WeightResult(quantized, {"damping": tried[-1], "damping_retries": len(tried) - 1})
+
+
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    grid: Grid,
+    damping: float = 0.01,
+    block_size: int = 128,
+    *,
+    act_order: bool = False,
+    static_groups: bool = False,
+) -> tuple[QuantizedWeight, list[float]]:
+    """Quantize a matrix by GPTQ.
+
+    Args:
+        weight: Shape (out, in), floating.
+        hessian: Shape (in, in), the second moment of the inputs up to a factor.
+        grid: The grid's shape (granularity ``row``).
+        damping: Fraction of the mean diagonal added to the diagonal.
+        block_size: Columns per lazy update.
+        act_order: Visit columns by decreasing diagonal of H; a dynamic group is then a run in visiting order.
+        static_groups: Scales of all groups from the original weights; a group is then a run in column order.
+
+    Returns:
+        (quantized matrix in the original column order, damping fractions tried).
+
+    Raises:
+        QuantizationError: H cannot be factorized or the input is not finite.
+    """
+    w = weight.float().clone()
+    h = hessian.float().clone()
+    if not bool(torch.isfinite(w).all()) or not bool(torch.isfinite(h).all()):
+        raise QuantizationError("the weight or the second moment of its inputs is not finite")
+    rows, columns = w.shape
+    dead = h.diagonal() == 0
+    h.diagonal()[dead] = 1
+    w[:, dead] = 0
+
+    order = (
+        torch.argsort(h.diagonal(), descending=True, stable=True)
+        if act_order
+        else torch.arange(columns, device=w.device)
+    )
+    run = group_index(columns, grid.group_size, w.device)
+    group = run[order] if static_groups else run  # the group of each column in visiting order
+    groups = int(run[-1]) + 1
+    if static_groups or groups == 1:
+        scale, zero = weight_parameters(w, grid)
+    else:
+        scale, zero = w.new_ones(rows, groups), w.new_zeros(rows, groups)
+    w = w[:, order]
+    upper, tried = inverse_factor(h[order][:, order], damping)
+    dynamic_size = grid.group_size if groups > 1 and not static_groups else 0
+    codes = _sweep(w, upper, grid, scale, zero, group, block_size, dynamic_size)
+
+    back = torch.argsort(order)
+    column_group = group[back]
+    trivial = not (act_order and dynamic_size)
+    return QuantizedWeight(codes[:, back], scale, zero, grid.bits, grid.symmetric, column_group, trivial), tried
+
+
+def _sweep(
+    w: Tensor, upper: Tensor, grid: Grid, scale: Tensor, zero: Tensor, group: Tensor, block_size: int, dynamic_size: int
+) -> Tensor:
+    """Visit the columns in order; fills ``scale`` and ``zero`` of dynamic groups, overwrites w, returns the codes."""
+    columns = w.shape[1]
+    codes = torch.empty_like(w, dtype=torch.uint8)
+    group_of = group.tolist()
+    for start in range(0, columns, block_size):
+        stop = min(start + block_size, columns)
+        errors = torch.zeros_like(w[:, start:stop])
+        for j in range(start, stop):
+            g = group_of[j]
+            if dynamic_size and j % dynamic_size == 0:
+                current = w[:, j : j + dynamic_size].clone()
+                if j + dynamic_size > stop:  # columns past this block have not had this block's updates yet
+                    late = slice(stop, min(j + dynamic_size, columns))
+                    current[:, stop - j :] -= errors[:, : j - start] @ upper[start:j, late]
+                s, z = fit_range(current, grid.bits, grid.symmetric, grid.clip)
+                scale[:, g : g + 1], zero[:, g : g + 1] = s, z
+            s, z = (scale[:, g], zero[:, g])
+            q = encode(w[:, j], s, z, grid.bits)
+            codes[:, j] = q.to(torch.uint8)
+            error = (w[:, j] - decode(q, s, z)) / upper[j, j]
+            w[:, j + 1 : stop].addr_(error, upper[j, j + 1 : stop], alpha=-1)
+            errors[:, j - start] = error
+        w[:, stop:] -= errors @ upper[start:stop, stop:]
+    return codes

@@ -1,0 +1,159 @@
+"""Validated settings of the library: bit widths and Bias Compensation."""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal, TypeVar
+
+from bc.errors import UserError, unknown
+
+T = TypeVar("T")
+
+SCOPES = ("layer", "attention", "mlp", "block", "model")
+GRANULARITIES = ("channel", "sink", "positional")
+STREAMS = ("float", "quantized")
+BIAS_DTYPES = ("float16", "bfloat16", "float32")
+
+
+def build_dataclass(cls: type[T], values: dict[str, Any], where: str) -> T:
+    """Build a settings dataclass from a mapping, refusing unknown names and wrong types by name.
+
+    Args:
+        cls: A dataclass whose annotations are plain types, ``Literal`` or optional plain types.
+        values: Name → value.
+        where: Dotted prefix for messages.
+
+    Raises:
+        UserError: One line that names the field, the value and what is allowed.
+    """
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    for name, value in values.items():
+        if name not in names:
+            raise unknown(f"{where} option", name, names or ["(none)"])
+        _check_type(f"{where}.{name}", value, hints[name])
+    for f in fields(cls):  # type: ignore[arg-type]
+        if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
+            raise UserError(f"{where}.{f.name}: is missing; set {where}.{f.name}=…")
+    return cls(**values)
+
+
+def _check_type(where: str, value: Any, hint: Any) -> None:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        allowed = typing.get_args(hint)
+        if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
+            raise unknown(where, value, allowed)
+        return
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+    if origin is tuple:
+        return
+    ok = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    if not ok and not (hint is float and isinstance(value, int) and not isinstance(value, bool)):
+        raise UserError(f"{where}: {value!r} is a {type(value).__name__}; a {hint.__name__} is needed")
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Bit widths of a cell.
+
+    Attributes:
+        weight: Bits per weight code, 1 to 8; 16 leaves the weights as they are.
+        activation: Bits per activation code, 2 to 8; 16 leaves them float.
+        group_size: Weight columns that share a scale; −1 is the whole row.
+    """
+
+    weight: int = 16
+    activation: int = 16
+    group_size: int = -1
+
+    def __post_init__(self) -> None:
+        for name, low in (("weight", 1), ("activation", 2)):
+            value = getattr(self, name)
+            if value != 16 and not low <= value <= 8:
+                raise UserError(f"bits.{name}: {value} is out of range; allowed: {low} to 8, or 16 for float")
+        if self.group_size == 0 or self.group_size < -1:
+            raise UserError(f"bits.group_size: {self.group_size} is not allowed; use -1 (whole row) or a positive size")
+
+    @property
+    def label(self) -> str:
+        """Short name: ``w4``, ``w3g64``, ``w4a8``, ``float``."""
+        if self.weight == 16 and self.activation == 16:
+            return "float"
+        text = f"w{self.weight}" + (f"a{self.activation}" if self.activation < 16 else "")
+        return text + (f"g{self.group_size}" if self.group_size > 0 else "")
+
+    @classmethod
+    def parse(cls, text: str | Bits) -> Bits:
+        """Read ``w4``, ``w3g64``, ``w8a8``, ``w4a8g128`` or ``float``."""
+        if isinstance(text, Bits):
+            return text
+        if text == "float":
+            return cls()
+        match = re.fullmatch(r"w(\d+)(?:a(\d+))?(?:g(\d+))?", text)
+        if not match:
+            raise UserError(f"bits: {text!r} is not understood; write w4, w3g64, w8a8, w4a8g128 or float")
+        weight, activation, group = match.groups()
+        return cls(int(weight), int(activation or 16), int(group) if group else -1)
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """Which outputs get a bias, and of which shape.
+
+    Attributes:
+        scope: Union of ``layer``, ``attention``, ``mlp``, ``block``, ``model``; empty is no compensation.
+        granularity: ``channel`` (one bias per output channel), ``sink`` (the first positions have one each, the rest
+            share one) or ``positional`` (one per position and channel, the paper's).
+        stream: The inputs fed to the quantized site while fitting: ``float`` (the paper) or ``quantized``.
+        sink_positions: Number of leading positions with a bias of their own at granularity ``sink``.
+        dtype: How the biases are stored.
+    """
+
+    scope: tuple[str, ...] = ()
+    granularity: Literal["channel", "sink", "positional"] = "channel"
+    stream: Literal["float", "quantized"] = "float"
+    sink_positions: int = 1
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+
+    def __post_init__(self) -> None:
+        for item in self.scope:
+            if item not in SCOPES:
+                raise unknown("bc.scope", item, SCOPES)
+        if len(set(self.scope)) != len(self.scope):
+            raise UserError(f"bc.scope: {'+'.join(self.scope)} names a scope twice; name each once")
+        object.__setattr__(self, "scope", tuple(sorted(self.scope, key=SCOPES.index)))
+        for name, allowed in (("granularity", GRANULARITIES), ("stream", STREAMS), ("dtype", BIAS_DTYPES)):
+            if getattr(self, name) not in allowed:
+                raise unknown(f"bc.{name}", getattr(self, name), allowed)
+        if self.sink_positions < 1:
+            raise UserError(f"bc.sink_positions: {self.sink_positions} is not allowed; use 1 or more")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether any output is compensated."""
+        return bool(self.scope)
+
+    @classmethod
+    def parse(cls, value: str | Compensation) -> Compensation:
+        """A preset by name (see :data:`PRESETS`), or the settings themselves."""
+        if isinstance(value, Compensation):
+            return value
+        if value not in PRESETS:
+            raise unknown("bc", value, PRESETS)
+        return PRESETS[value]
+
+
+PRESETS: dict[str, Compensation] = {
+    "off": Compensation(),
+    "channel": Compensation(("layer",), "channel"),
+    "sink": Compensation(("layer",), "sink"),
+    "positional": Compensation(("layer",), "positional"),
+    "paper": Compensation(("layer", "block"), "positional"),
+}
