@@ -159,7 +159,9 @@ def batches(samples: Samples, batch_size: int) -> Iterator[dict[str, Tensor]]:
         batch_size: Most samples in a batch. Samples of different lengths are never padded together.
     """
     if isinstance(samples, Tensor):
-        for part in samples.split(batch_size):
+        if samples.dim() != 2:
+            raise UserError(f"calibration: samples of shape {tuple(samples.shape)}; give (samples, tokens)")
+        for part in samples.split(batch_size) if len(samples) else ():
             yield {"input_ids": part}
         return
     waiting: list[Tensor] = []

@@ -189,6 +189,8 @@ class BiasCompensation(nn.Module):
 
     def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook: compensate a tensor, or the first element of a tuple."""
+        if isinstance(module, nn.Conv2d):  # channels are axis 1
+            return self(output.movedim(1, -1)).movedim(-1, 1)
         if isinstance(output, Tensor):
             return self(output)
         return (self(output[0]), *output[1:])
@@ -226,8 +228,8 @@ def attach(
                 f"take a {granularity} one of shape {tuple(bias.shape)}; detach the first, or use the same granularity"
             )
         bias = old.bias.float().to(bias.device) + bias.float()
-        detach(module)
     child = BiasCompensation(bias, granularity, context, dtype)
+    detach(module)
     module.add_module(CHILD, child)
     module.register_forward_hook(child.hook)
     return child

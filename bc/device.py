@@ -6,6 +6,8 @@ import gc
 import platform
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -87,6 +89,20 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Use so many CPU threads for a while.
+
+    Loops over small tensors run faster on one thread than with a barrier an operation, above all on a busy machine.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def make_deterministic() -> None:

@@ -92,4 +92,5 @@ def _streamed(model: nn.Module, windows: Tensor, engine: Engine) -> float:
     with on_device(engine.device, *(submodule(model, p) for p in family.tail)):
         for i, ids in enumerate(windows.split(engine.batch_size)):
             total += _loss(logits(model, family, stream, i), ids.to(engine.device))
+    stream.context.set(None, None)
     return total

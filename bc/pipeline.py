@@ -122,9 +122,11 @@ def calibrate(
         Name of each Linear → its quantized weight, on the CPU.
 
     Raises:
+        UserError: The model is quantized already, or samples are missing.
         QuantizationError: By site name, where no valid result was found.
     """
     family = family_of(model)
+    _require_float(model)
     blocks = block_list(model, family)
     results: dict[str, WeightResult] = {}
     stream = None
@@ -144,6 +146,11 @@ def calibrate(
     return results
 
 
+def _require_float(model: nn.Module) -> None:
+    if model.__dict__.get("_quantized"):
+        raise UserError("model: it is quantized already; load the float model again")
+
+
 def _calibrate_block(
     quantizer: Quantizer, family: Family, prefix: str, block: nn.Module, stream: Stream | None
 ) -> dict[str, WeightResult]:
@@ -153,8 +160,9 @@ def _calibrate_block(
     for paths, opens in zip(family.linears, family.opens, strict=True):
         group = Group({p: linear(block, p).weight.data for p in paths}, hessians.get(paths[0]))
         name = f"{prefix}.{paths[0]}"
-        if not all(bool(torch.isfinite(w).all()) for w in group.weights.values()):
-            raise QuantizationError(f"{name}: the weight holds NaN or Inf; check the checkpoint")
+        for path, weight in group.weights.items():
+            if not bool(torch.isfinite(weight).all()):
+                raise QuantizationError(f"{prefix}.{path}: the weight holds NaN or Inf; check the checkpoint")
         if group.hessian is not None and not bool(torch.isfinite(group.hessian).all()):
             raise QuantizationError(f"{name}: the inputs hold NaN or Inf; check the model and its dtype")
         if stream and quantizer.needs_inputs:
@@ -245,12 +253,12 @@ def compensate(
         QuantizationError: By site name, where a bias is not finite.
     """
     family = family_of(model)
-    if model.__dict__.get("_quantized"):
-        raise UserError("model: it is quantized already; load the float model again")
+    _require_float(model)
     fit = BlockFit(model, family, settings, engine.capture, means)
     fit.open_streams(samples, report_calibration, report_held_out)
     blocks, reports = block_list(model, family), []
     weight_bits = weights = 0
+    model.__dict__["_quantized"] = True  # from here on, also where an error leaves it half done
     for i in track(range(len(blocks)), f"compensation {'+'.join(settings.scope) or 'off'}", unit="block"):
         source = blocks[i]
         with on_device(engine.device, source):
@@ -266,7 +274,7 @@ def compensate(
         blocks[i] = target
     if "model" in settings.scope:
         reports.append(fit_model_scope(fit, engine.device))
-    model.__dict__["_quantized"] = True
+    fit.context.set(None, None)
     for site in reports:
         site.notes |= quantized[site.site].notes if site.site in quantized else {}
     return Report(reports, weight_bits + _bias_bits(model, family), weights, sum(s.bias_parameters for s in reports))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -26,12 +27,13 @@ class PositionContext:
 
     @classmethod
     def of(cls, model: nn.Module) -> PositionContext:
-        """The context of a model; on first use it is made and kept up to date by a hook on the model's forward."""
+        """The context of a model; on first use it is made and kept up to date by hooks on the model's forward."""
         found = model.__dict__.get(_ATTRIBUTE)
         if found is None:
             found = cls()
             model.__dict__[_ATTRIBUTE] = found
             model.register_forward_pre_hook(found.before_forward, with_kwargs=True)
+            model.register_forward_hook(found.after_forward, always_call=True)
         return found
 
     def set(self, positions: Tensor | None, valid: Tensor | None) -> None:
@@ -40,7 +42,8 @@ class PositionContext:
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: read the positions from the arguments of a causal language model's forward."""
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        kwargs = inspect.signature(module.forward).bind_partial(*args).arguments | kwargs
+        ids = kwargs.get("input_ids")
         ids = kwargs.get("inputs_embeds") if ids is None else ids
         if not isinstance(ids, Tensor):
             self.set(None, None)
@@ -50,6 +53,10 @@ class PositionContext:
         self.set(
             *token_positions(ids.shape[1], kwargs.get("attention_mask"), past, kwargs.get("position_ids"), ids.device)
         )
+
+    def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Hook: forget the positions, which a call of a part of the model alone must not take for its own."""
+        self.set(None, None)
 
 
 def token_positions(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from bc.errors import UserError, unknown
@@ -92,7 +93,10 @@ def locate(name: str, path: str | None = None) -> tuple[str, str, Path | None]:
     if local.is_dir():
         if not (local / "config.json").is_file():
             raise UserError(f"model.path: {target!r} has no config.json; give a folder written by save_pretrained")
-        model_type = json.loads((local / "config.json").read_text(encoding="utf8")).get("model_type", "")
+        try:
+            model_type = json.loads((local / "config.json").read_text(encoding="utf8"))["model_type"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"model.path: the config.json of {target!r} names no model_type; write it again") from error
         _family_by_type(model_type)
         return str(local), "main", None
     if path is not None:
@@ -139,7 +143,7 @@ def load(
         options |= {"revision": revision, "use_safetensors": None}
     try:
         model = AutoModelForCausalLM.from_pretrained(target, **options)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(
             f"model: {name!r} could not be read from {target!r} ({_first_line(error)}); "
             "set model.path to a local folder, or connect to the hub"
@@ -165,12 +169,15 @@ def load_tokenizer(name: str, *, path: str | None = None) -> PreTrainedTokenizer
     options: dict[str, Any] = {"trust_remote_code": False}
     options |= {"gguf_file": gguf.name} if gguf is not None else {"revision": revision}
     try:
-        return AutoTokenizer.from_pretrained(target, **options)
+        found = AutoTokenizer.from_pretrained(target, **options)
+        if len(found) <= len(found.all_special_tokens):  # what transformers makes up where there are no files
+            raise ValueError("it has no vocabulary")
     except (OSError, ValueError) as error:
         raise UserError(
             f"model: the tokenizer of {name!r} could not be read from {target!r} ({_first_line(error)}); "
             "put the tokenizer's files into the model's folder"
         ) from error
+    return found
 
 
 def drop_quantization_marks(model: Any) -> None:

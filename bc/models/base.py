@@ -48,6 +48,9 @@ class Family:
         tail: Dotted paths of what follows the blocks, in order; a path that leads to None is skipped.
         head: Dotted path of the module whose output is the logits.
         catalogue: Names of known models of this family and their sources.
+        before: For each group, the path of the norm or Linear whose output the group reads channel by channel, so that
+            a scale of the group's inputs can be folded into it; empty where there is none. See :mod:`bc.scaling` for
+            the models of a family in which one of these does not hold.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Family:
     tail: tuple[str, ...]
     head: str = "lm_head"
     catalogue: dict[str, Source] = field(default_factory=dict)
+    before: tuple[str, ...] = ()
 
     def region(self, name: str) -> Region | None:
         """The part of that name: ``attention``, ``mlp``, ``block`` (the whole), or None for the empty name."""

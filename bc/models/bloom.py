@@ -13,6 +13,7 @@ FAMILY = Family(
         ("mlp.dense_4h_to_h",),
     ),
     opens=("attention", "", "mlp", ""),
+    before=("input_layernorm", "self_attention.query_key_value", "post_attention_layernorm", ""),
     attention=Region("self_attention", "self_attention"),
     mlp=Region("mlp", "mlp"),
     tail=("transformer.ln_f", "lm_head"),

@@ -13,6 +13,7 @@ FAMILY = Family(
         ("mlp.down_proj",),
     ),
     opens=("attention", "", "mlp", ""),
+    before=("input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj"),
     attention=Region("self_attn", "self_attn"),
     mlp=Region("mlp", "mlp"),
     tail=("model.norm", "lm_head"),

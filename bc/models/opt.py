@@ -13,6 +13,7 @@ FAMILY = Family(
         ("fc2",),
     ),
     opens=("attention", "", "mlp", ""),
+    before=("self_attn_layer_norm", "self_attn.v_proj", "final_layer_norm", "fc1"),
     attention=Region("self_attn", "self_attn"),
     mlp=Region("fc1", "fc2"),
     tail=("model.decoder.final_layer_norm", "model.decoder.project_out", "lm_head"),

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from bc.activations import ActivationQuantizer
 from bc.settings import Bits
 
 
@@ -114,3 +115,91 @@ class Quantizer(ABC):
         Raises:
             QuantizationError: The result would not be valid.
         """
+
+
+@dataclass
+class SiteSamples:
+    """A site of a vision model with what it was fed and returned on the float model, over all calibration images.
+
+    Attributes:
+        name: Dotted name.
+        kind: ``linear``, ``conv`` or ``matmul``.
+        role: ``patch_embed``, ``qkv``, ``proj``, ``fc1``, ``fc2``, ``reduction``, ``head``, ``matmul_qk`` (q · kᵀ) or
+            ``matmul_av`` (attention · v).
+        heads: Attention heads, for ``qkv`` and the matmuls; 0 elsewhere.
+        weight: Float weight (out, in), or (out, in, kh, kw) of a convolution; None for a matmul.
+        bias: Float bias (out,), or None.
+        inputs: The float inputs, images first: one tensor, or two for a matmul (A, B with output A @ B).
+        output: The float output, images first.
+        gradient: Gradient of the loss at the output, the output's shape; None where the metric needs none.
+        forward: (weight or None, inputs) ↦ output of the site, for candidates.
+        norm: The LayerNorm whose output is the site's only input, for methods that reparametrise it; else None.
+    """
+
+    name: str
+    kind: Literal["linear", "conv", "matmul"]
+    role: str
+    heads: int
+    weight: Tensor | None
+    bias: Tensor | None
+    inputs: tuple[Tensor, ...]
+    output: Tensor
+    gradient: Tensor | None
+    forward: Callable[[Tensor | None, tuple[Tensor, ...]], Tensor]
+    norm: nn.LayerNorm | None = None
+
+
+@dataclass
+class SiteResult:
+    """How a site is quantized.
+
+    Attributes:
+        weight: The quantized weight in the float model's coordinates, as (out, in · kh · kw); None for a matmul.
+        inputs: One activation quantizer for each input (the identity where an input stays float).
+        notes: Facts worth recording (metric of the search, its score at min-max and at the choice).
+    """
+
+    weight: Quantized | None
+    inputs: list[ActivationQuantizer]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+class SiteQuantizer(Quantizer):
+    """Base of the quantizers of weights and activations.
+
+    Calibration is parallel: every site sees the float model's inputs, so that the order of sites does not matter.
+
+    Attributes:
+        needs_gradient: Ask the engine for gradients at the sites' outputs (it may depend on the options).
+    """
+
+    kind = "weight_activation"
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether the search metric uses gradients."""
+        return False
+
+    @abstractmethod
+    def quantize_site(self, site: SiteSamples) -> SiteResult:
+        """Quantize one site.
+
+        Raises:
+            QuantizationError: By site name, where no valid result exists (for example an all-zero score).
+        """
+
+    def quantize_block(
+        self, sites: list[SiteSamples], evaluate: Callable[[dict[str, SiteResult]], Tensor]
+    ) -> dict[str, SiteResult]:
+        """Quantize all the sites of a block; by default each by itself.
+
+        Args:
+            sites: In forward order.
+            evaluate: Site name → candidate result ↦ the block's output on the calibration images with these sites
+                quantized and the others float; with no candidates, the float output.
+        """
+        return {site.name: self.quantize_site(site) for site in sites}
+
+    def quantize_weight(self, weight: Tensor, hessian: Tensor | None) -> WeightResult:
+        """Not used: these quantizers work on sites."""
+        raise NotImplementedError(f"{self.name} quantizes sites, not single matrices")

@@ -15,9 +15,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from bc.device import cpu_threads
 from bc.errors import QuantizationError, UserError
 from bc.grid import Grid, QuantizedWeight, decode, encode, fit_range, group_index, weight_parameters
 from bc.quantizers.base import Quantizer, WeightResult
+from bc.settings import Bits
 
 MAX_DAMPING = 1.0
 DAMPING_FACTOR = 10.0
@@ -89,14 +91,17 @@ class GPTQ(Quantizer):
             if self.block_size < 1:
                 raise UserError(f"quantizer.gptq.block_size: {self.block_size} is not allowed; use 1 or more")
 
+    def __init__(self, bits: Bits, options: Options) -> None:
+        super().__init__(bits, options)
+        self.grid = Grid(bits.weight, options.symmetric, bits.group_size, "row", options.clip)
+
     def quantize_weight(self, weight: Tensor, hessian: Tensor | None) -> WeightResult:
         """See :meth:`bc.quantizers.base.Quantizer.quantize_weight`."""
         if hessian is None:
             raise QuantizationError("GPTQ needs the second moment of the inputs")
         o = self.options
-        grid = Grid(self.bits.weight, o.symmetric, self.bits.group_size, "row", o.clip)
         quantized, tried = gptq(
-            weight, hessian, grid, o.damping, o.block_size, act_order=o.act_order, static_groups=o.static_groups
+            weight, hessian, self.grid, o.damping, o.block_size, act_order=o.act_order, static_groups=o.static_groups
         )
         return WeightResult(quantized, {"damping": tried[-1], "damping_retries": len(tried) - 1})
 
@@ -170,20 +175,21 @@ def _sweep(
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
         errors = torch.zeros_like(w[:, start:stop])
-        for j in range(start, stop):
-            g = group_of[j]
-            if dynamic_size and j % dynamic_size == 0:
-                current = w[:, j : j + dynamic_size].clone()
-                if j + dynamic_size > stop:  # columns past this block have not had this block's updates yet
-                    late = slice(stop, min(j + dynamic_size, columns))
-                    current[:, stop - j :] -= errors[:, : j - start] @ upper[start:j, late]
-                s, z = fit_range(current, grid.bits, grid.symmetric, grid.clip)
-                scale[:, g : g + 1], zero[:, g : g + 1] = s, z
-            s, z = (scale[:, g], zero[:, g])
-            q = encode(w[:, j], s, z, grid.bits)
-            codes[:, j] = q.to(torch.uint8)
-            error = (w[:, j] - decode(q, s, z)) / upper[j, j]
-            w[:, j + 1 : stop].addr_(error, upper[j, j + 1 : stop], alpha=-1)
-            errors[:, j - start] = error
+        with cpu_threads(1):
+            for j in range(start, stop):
+                g = group_of[j]
+                if dynamic_size and j % dynamic_size == 0:
+                    current = w[:, j : j + dynamic_size].clone()
+                    if j + dynamic_size > stop:  # columns past this block have not had this block's updates yet
+                        late = slice(stop, min(j + dynamic_size, columns))
+                        current[:, stop - j :] -= errors[:, : j - start] @ upper[start:j, late]
+                    s, z = fit_range(current, grid.bits, grid.symmetric, grid.clip)
+                    scale[:, g : g + 1], zero[:, g : g + 1] = s, z
+                s, z = scale[:, g], zero[:, g]
+                q = encode(w[:, j], s, z, grid.bits)
+                codes[:, j] = q.to(torch.uint8)
+                error = (w[:, j] - decode(q, s, z)) / upper[j, j]
+                w[:, j + 1 : stop].addr_(error, upper[j, j + 1 : stop], alpha=-1)
+                errors[:, j - start] = error
         w[:, stop:] -= errors @ upper[start:stop, stop:]
     return codes

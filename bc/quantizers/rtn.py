@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bc.grid import Grid, quantize_weight
 from bc.quantizers.base import Quantizer, WeightResult
+from bc.settings import Bits
 
 
 class RTN(Quantizer):
@@ -30,8 +31,10 @@ class RTN(Quantizer):
         clip: Literal["minmax", "mse"] = "minmax"
         granularity: Literal["row", "tensor"] = "row"
 
+    def __init__(self, bits: Bits, options: Options) -> None:
+        super().__init__(bits, options)
+        self.grid = Grid(bits.weight, options.symmetric, bits.group_size, options.granularity, options.clip)
+
     def quantize_weight(self, weight: Tensor, hessian: Tensor | None = None) -> WeightResult:
         """See :meth:`bc.quantizers.base.Quantizer.quantize_weight`; ``hessian`` is not used."""
-        o = self.options
-        grid = Grid(self.bits.weight, o.symmetric, self.bits.group_size, o.granularity, o.clip)
-        return WeightResult(quantize_weight(weight, grid))
+        return WeightResult(quantize_weight(weight, self.grid))

@@ -1,0 +1,1 @@
+"""Texts and images: calibration, selection and test samples."""

@@ -1,0 +1,36 @@
+"""``python -m bc.data``: fetch the embedded suite, or with ``--offline`` say what is missing of it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from bc.data.embedded import DEFAULT_GROUPS, GROUPS, fetch_all
+from bc.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: Command line arguments; those of the process by default.
+
+    Returns:
+        0, or 2 after a message on standard error.
+    """
+    parser = argparse.ArgumentParser(prog="python -m bc.data", description="Fetch the embedded models and texts.")
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"any of {', '.join(GROUPS)} (default: language)")
+    parser.add_argument("--offline", action="store_true", help="download nothing; say what is missing")
+    options = parser.parse_args(arguments)
+    try:
+        for path in fetch_all(options.offline, options.groups or DEFAULT_GROUPS):
+            print(path)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
