@@ -14,6 +14,7 @@ from bc.settings import Compensation
 from tests.conftest import MAKERS, VOCABULARY, tiny_model
 
 FAMILIES = list(MAKERS)
+pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated")
 FITTED = 8  # tokens that the biases were fitted on
 SETTINGS = {
     "channel": Compensation(("layer", "model"), "channel", dtype="float32"),

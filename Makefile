@@ -1,0 +1,79 @@
+# The verbs of the project. `make help` lists them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3# interpreter that makes the environment, 3.11 or newer
+VENV ?= .venv# the environment
+EXPERIMENT ?= table2_embedded# file in conf/experiment, for sweep, status and tables
+LAUNCHER ?=# file in conf/hydra/launcher: local or slurm; empty runs the cells one after another here
+ARGS ?=# further overrides, e.g. ARGS="seed=0,1,2 engine.device=cuda:1"
+
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+LAUNCH = $(if $(LAUNCHER),hydra/launcher=$(LAUNCHER))
+
+.PHONY: help setup data demo test lint format sweep status tables clean
+.PHONY: reproduce-table1 reproduce-table2 reproduce-table3 reproduce-table4
+
+help: ## list the verbs
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo 'variables: EXPERIMENT=$(EXPERIMENT) LAUNCHER=$(LAUNCHER) ARGS=$(ARGS) PYTHON=$(PYTHON) VENV=$(VENV)'
+
+setup: $(STAMP) ## make the environment in .venv, once
+
+$(STAMP): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo 'error: PYTHON=$(PYTHON) is not Python 3.11 or newer; set PYTHON=python3.11'; exit 2; }
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[dev,cluster]'
+	@touch $@
+
+data: setup ## fetch the embedded model and texts, checked by hash
+	$(RUN) -m bc.data
+
+demo: setup data ## a sweep on a real model and text, its table and figure (about 6 minutes on 2 cores)
+	$(RUN) -m experiments.run +experiment=demo $(LAUNCH) $(ARGS)
+	@$(RUN) -m experiments.tables demo $(ARGS) > /dev/null
+	@$(RUN) -m experiments.figures demo $(ARGS) > /dev/null
+	@cat results/tables/demo.md
+	@echo 'table:  results/tables/demo.md (.csv, .tex, .html); all results: results/cells.csv'
+	@echo 'figure: results/figures/demo.png (.svg)'
+
+test: setup ## run the tests
+	$(RUN) -m pytest
+
+lint: setup ## check style and types
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+format: setup ## put the code into the project's style
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+sweep: setup ## run EXPERIMENT's cells, on LAUNCHER, with ARGS; finished cells are skipped
+	$(RUN) -m experiments.run +experiment=$(EXPERIMENT) $(LAUNCH) $(ARGS)
+
+status: setup ## one line a cell of EXPERIMENT, and totals
+	@$(RUN) -m experiments.status $(EXPERIMENT) $(ARGS)
+
+tables: setup ## rebuild results/cells.csv and EXPERIMENT's table
+	@$(RUN) -m experiments.tables $(EXPERIMENT) $(ARGS)
+
+reproduce-table2: setup ## run Table 2 (language models) and rebuild it
+	$(RUN) -m experiments.run +experiment=table2 $(LAUNCH) $(ARGS)
+	$(RUN) -m experiments.tables table2 $(ARGS)
+
+reproduce-table1: ## Table 1 (vision)
+	@echo 'error: Table 1 needs the vision part, which is not there yet'; exit 2
+
+reproduce-table3: ## Table 3 (group-wise, AWQ)
+	@echo 'error: Table 3 needs AWQ, which is not there yet'; exit 2
+
+reproduce-table4: ## Table 4 (binary, BiLLM)
+	@echo 'error: Table 4 needs BiLLM, which is not there yet'; exit 2
+
+clean: ## remove caches, logs and shared artefacts; results and the environment stay
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist results/artefacts results/logs
+	find bc conf experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Hydra configurations (YAML only)."""

@@ -1,0 +1,263 @@
+"""Execute one cell: check, lock, compute, commit."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bc import device as devices
+from bc import models, pipeline, quantizers
+from bc.errors import UserError
+from bc.evaluation import evaluate_perplexity
+from bc.report import Report
+from experiments.artefacts import float_statistics, quantized_weights
+from experiments.checks import check_sources
+from experiments.config import CellConfig, EngineConfig, RunConfig
+from experiments.identity import SCHEMA, bc_label, cell_hash, scientific, slug
+from experiments.provenance import Stopwatch, provenance
+from experiments.store import FAILED, INTERRUPTED, RUNNING, CellStore
+from experiments.wandb_logger import Mirror
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a cell.
+
+    Attributes:
+        state: ``complete``, ``skipped`` (was complete), ``busy`` (another process has it), ``failed`` or ``not run``.
+        slug: The cell's name; empty where the configuration was too wrong to have one.
+        line: What to tell.
+        mistake: The failure is the user's to mend.
+    """
+
+    state: Literal["complete", "skipped", "busy", "failed", "not run"]
+    slug: str = ""
+    line: str = ""
+    mistake: bool = False
+
+
+@dataclass
+class Samples:
+    """Windows of token ids of a cell."""
+
+    calibration: Tensor | None
+    selection: Tensor | None
+    test: dict[str, Tensor] = field(default_factory=dict)
+
+
+def run_cell(run: RunConfig) -> Outcome:
+    """Run a cell unless it is complete or another process is at it; failures are recorded, not raised."""
+    name = slug(run.cell)
+    store = CellStore(run.results, name, cell_hash(run.cell))
+    if done := store.result():
+        return Outcome("skipped", name, f"{name}: complete already, {metrics_line(done)}")
+    with store.lock() as free:
+        if not free:
+            host = (store.status() or {}).get("host", "another host")
+            return Outcome("busy", name, f"{name}: is being run on {host}; passed over")
+        if done := store.result():  # finished while we waited for the lock
+            return Outcome("skipped", name, f"{name}: complete already, {metrics_line(done)}")
+        return _run_locked(run, store)
+
+
+def _run_locked(run: RunConfig, store: CellStore) -> Outcome:
+    store.mark(RUNNING)
+    log.info("%s: starts", store.slug)
+    mirror = Mirror(run, store.slug)
+    try:
+        result, sites = compute(run, mirror)
+        store.commit(result, sites)
+        mirror.complete(result, sites)
+    except Exception as error:
+        store.mark(FAILED, error)
+        mirror.fail(error)
+        mistake = isinstance(error, UserError)
+        line = " ".join(str(error).split()) or type(error).__name__
+        if not mistake:
+            line = f"{type(error).__name__}: {line} (traceback in {store.folder}/status.json)"
+        return Outcome("failed", store.slug, line, mistake)
+    except BaseException as error:  # Ctrl-C, SIGTERM: say so and let it pass
+        store.mark(INTERRUPTED, error)
+        mirror.fail(error)
+        raise
+    finally:
+        mirror.finish()
+    return Outcome("complete", store.slug, f"{store.slug}: {metrics_line(result)}")
+
+
+def compute(run: RunConfig, mirror: Mirror) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Compute a cell's result and its per-site table."""
+    cell, watch = run.cell, Stopwatch()
+    quiet_without_terminal()
+    engine = make_engine(run.engine)
+    torch.manual_seed(cell.seed)
+    check_sources(cell)
+    mirror.start()
+    devices.reset_peak_memory(engine.device)
+    with watch.stage("data"):
+        samples = load_samples(cell)
+    with watch.stage("load"):
+        model = models.load(
+            cell.model.name, path=cell.model.path, dtype=cell.model.dtype, attention=cell.model.attention
+        )
+    report, facts = _float_report(model), {"seconds_quantize": 0.0, "seconds_bc": 0.0}
+    if not cell.is_float:
+        report, facts = quantize(run, model, samples, engine, watch)
+    metrics = []
+    for dataset, windows in samples.test.items():
+        with watch.stage("evaluate"):
+            value = evaluate_perplexity(model, windows, engine)
+        metrics.append({"dataset": dataset, "metric": "perplexity", "value": value, "test_samples": len(windows)})
+        mirror.log({f"perplexity/{dataset}": value})
+    before, after = report.error("held_out") or (None, None)
+    sites = [site.row() for site in report.sites]
+    result = {
+        "schema": SCHEMA,
+        "cell": cell_hash(cell),
+        "slug": slug(cell),
+        "config": scientific(cell),
+        "label": label(cell),
+        "metrics": metrics,
+        "bits_per_weight": report.bits_per_weight,
+        "bias_parameters": report.bias_parameters,
+        "error_before": before,
+        "error_after": after,
+        "damping_retries": sum(int(row.get("damping_retries", 0)) for row in sites),
+        "seconds_evaluate": watch.seconds["evaluate"],
+        "peak_memory_mb": devices.peak_memory_mb(engine.device),
+        "provenance": provenance(engine.device, watch.seconds, seeds(cell), run.experiment),
+        **facts,
+    }
+    del model
+    devices.release(engine.device)
+    return result, sites
+
+
+def quantize(
+    run: RunConfig, model: Any, samples: Samples, engine: pipeline.Engine, watch: Stopwatch
+) -> tuple[Report, dict[str, float]]:
+    """Quantize and compensate a model in place, by way of the artefacts that cells share.
+
+    Returns:
+        The report, and the seconds of quantization (of when the weights were made) and of BC (statistics included).
+    """
+    cell = run.cell
+    assert samples.calibration is not None
+    calibration = samples.calibration
+    quantizer = quantizers.create(cell.quantizer, cell.bits, **cell.options)
+    say_short_groups(model, cell)
+    means = None
+    if "layer" in cell.bc.scope:
+        with watch.stage("statistics"):
+            means = float_statistics(run.results, cell, lambda: pipeline.float_means(model, calibration, engine))
+    with watch.stage("quantize"):
+        weights = quantized_weights(
+            run.results, cell, lambda: pipeline.calibrate(model, quantizer, calibration, engine)
+        )
+    with watch.stage("compensate"):
+        report = pipeline.compensate(
+            model,
+            weights.value,
+            cell.bc,
+            calibration,
+            engine,
+            means=means.value if means else None,
+            report_calibration=_first(calibration, cell.report.calibration_samples),
+            report_held_out=_first(samples.selection, cell.report.held_out_samples),
+        )
+    spent = watch.seconds["compensate"] + (means.seconds if means else 0.0)
+    return report, {"seconds_quantize": weights.seconds, "seconds_bc": spent if cell.bc.enabled else 0.0}
+
+
+def _first(windows: Tensor | None, count: int) -> Tensor | None:
+    return windows[:count] if windows is not None and count else None
+
+
+def _float_report(model: Any) -> Report:
+    """Storage of the float model: what quantization would have shrunk."""
+    linears = [m for _, m in pipeline.sites(model, models.family_of(model))]
+    tensors = [t for m in linears for t in (m.weight, m.bias) if t is not None]
+    bits = sum(t.numel() * t.element_size() * 8 for t in tensors)
+    return Report([], bits, sum(m.weight.numel() for m in linears), 0)
+
+
+def say_short_groups(model: Any, cell: CellConfig) -> None:
+    """Tell where the group size does not divide a matrix's inputs."""
+    size = cell.bits.group_size
+    if size < 1:
+        return
+    for inputs in sorted({m.in_features for _, m in pipeline.sites(model, models.family_of(model))}):
+        if inputs % size:
+            log.info(
+                "  bits.group_size: %d does not divide %d inputs; the last group has %d", size, inputs, inputs % size
+            )
+
+
+def load_samples(cell: CellConfig) -> Samples:
+    """Tokenize the texts that a cell needs."""
+    from bc.data import text
+
+    data, seed = cell.data, cell.seed
+    tokenizer = models.load_tokenizer(cell.model.name, path=cell.model.path)
+    out = Samples(None, None)
+    if not cell.is_float:
+        c, count = data.calibration, data.selection.samples
+        out.calibration = text.calibration_windows(c.dataset, tokenizer, c.samples, c.window, seed, data.paths)
+        if count:
+            out.selection = text.selection_windows(c.dataset, tokenizer, count, c.window, seed, data.paths)
+    e = data.evaluation
+    for dataset in e.datasets:
+        out.test[dataset] = text.test_windows(dataset, tokenizer, e.window, e.limit, data.paths)
+    return out
+
+
+def make_engine(config: EngineConfig) -> pipeline.Engine:
+    """The engine on its device, with the fixed arithmetic policy."""
+    devices.make_deterministic()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    return pipeline.Engine(devices.resolve(config.device), config.batch_size, config.activations)
+
+
+def quiet_without_terminal() -> None:
+    """Switch transformers' progress bars off where nobody watches."""
+    if not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+
+
+def seeds(cell: CellConfig) -> dict[str, int]:
+    """Seed of each set of samples."""
+    return {} if cell.is_float else {"calibration": cell.seed, "selection": cell.seed}
+
+
+def label(cell: CellConfig) -> dict[str, Any]:
+    """A cell's settings under the column names of cells.csv."""
+    bc, data = cell.bc, cell.data.calibration
+    return {
+        "model": cell.model.name,
+        "quantizer": cell.quantizer,
+        "w_bits": cell.bits.weight,
+        "a_bits": cell.bits.activation,
+        "group_size": cell.bits.group_size,
+        "bc": bc_label(bc),
+        "granularity": bc.granularity if bc.enabled else "",
+        "scope": "+".join(bc.scope),
+        "stream": bc.stream if bc.enabled else "",
+        "calibration_data": "" if cell.is_float else data.dataset,
+        "calibration_samples": 0 if cell.is_float else data.samples,
+        "seed": 0 if cell.is_float else cell.seed,
+    }
+
+
+def metrics_line(result: dict[str, Any]) -> str:
+    """Metrics of a result in a few words."""
+    return ", ".join(f"{row['metric']} {row['dataset']} {row['value']:.4g}" for row in result["metrics"])

@@ -1,0 +1,224 @@
+"""Hydra's side: cells of an experiment file, composition of one cell, and Hydra's errors in one line."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from bc.errors import UserError, unknown
+from experiments.config import RunConfig, run_config
+
+CONFIG_MODULE, CONFIG_NAME = "conf", "config"
+AXES = ("model", "quantizer", "bits", "bc", "data", "seed")  # order of a product, first varies slowest
+
+
+def register_resolvers() -> None:
+    """Make the resolvers that conf/ uses known to OmegaConf."""
+    OmegaConf.register_new_resolver("process", lambda: str(os.getpid()), replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("cell_numbers", lambda cells: f"range(0,{len(expand(cells))})", replace=True)
+
+
+register_resolvers()
+
+
+def expand(cells: Any) -> list[list[str]]:
+    """Overrides of every cell of an experiment.
+
+    Args:
+        cells: Entries of ``{key: [values]}``; each is the product of its lists. Keys are config groups or dotted
+            settings, values are option names or values.
+
+    Raises:
+        UserError: An entry is malformed; names that YAML read as a truth value are pointed out.
+    """
+    plain = OmegaConf.to_container(cells, resolve=True) if isinstance(cells, ListConfig) else cells
+    if not isinstance(plain, list) or not plain:
+        raise UserError("experiment.cells: is empty; list at least one {group: [options]} entry")
+    out: list[list[str]] = []
+    for number, entry in enumerate(plain):
+        where = f"experiment.cells[{number}]"
+        if not isinstance(entry, dict):
+            raise UserError(f"{where}: {entry!r} is not a mapping; write {{model: [name], bits: [name]}}")
+        keys = sorted(entry, key=lambda k: AXES.index(k) if k in AXES else len(AXES))
+        lists = [[_override(where, k, v) for v in _as_list(entry[k])] for k in keys]
+        out += [list(combination) for combination in itertools.product(*lists)]
+    return out
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _override(where: str, key: str, value: Any) -> str:
+    if isinstance(value, bool) and key in AXES:
+        raise UserError(
+            f"{where}.{key}: {value} is not an option (YAML reads a bare off as False); write 'off' in quotes"
+        )
+    if isinstance(value, list):
+        return f"{key}=[{','.join(str(v) for v in value)}]"
+    return f"{key}={'null' if value is None else value}"
+
+
+@contextmanager
+def hydra_ready() -> Iterator[None]:
+    """Make :func:`compose` usable outside a Hydra application."""
+    if GlobalHydra.instance().is_initialized():
+        yield
+        return
+    with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+        yield
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """A composed configuration as plain Python values."""
+    values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(values, dict)
+    return {str(k): v for k, v in values.items() if k != "hydra"}
+
+
+def compose_run(overrides: Sequence[str]) -> RunConfig:
+    """Compose and check one cell from overrides; call within :func:`hydra_ready`."""
+    with one_line_errors():
+        return run_config(plain(compose(CONFIG_NAME, overrides=list(overrides))))
+
+
+def job_config(config: DictConfig, job_overrides: Sequence[str]) -> RunConfig:
+    """The checked configuration of the cell that a Hydra job is to run.
+
+    Args:
+        config: The job's configuration.
+        job_overrides: The job's own overrides; those of the user apply to every cell of an experiment.
+    """
+    if config.cell is None:
+        with one_line_errors():
+            return run_config(plain(config))
+    return compose_cell(config.experiment, int(config.cell), job_overrides)
+
+
+def compose_cell(experiment: DictConfig, number: int, user_overrides: Sequence[str]) -> RunConfig:
+    """Compose a cell of an experiment.
+
+    Args:
+        experiment: The experiment section.
+        number: Which cell.
+        user_overrides: Overrides that apply to every cell; they win over the cell's own.
+    """
+    own = expand(experiment.cells)[number]
+    users = [o for o in user_overrides if not re.match(r"\+?(cell|experiment)=|hydra[./]", o)]
+    given = {o.lstrip("+~").partition("=")[0] for o in users}
+    kept = [o for o in own if o.partition("=")[0] not in given]
+    head = [f"experiment.name={experiment.name}", f"experiment.suite={experiment.suite}"]
+    return compose_run([*kept, *users, *head])
+
+
+def load_experiment(name: str, user_overrides: Sequence[str] = ()) -> tuple[DictConfig, list[RunConfig]]:
+    """An experiment's section and all its cells, checked; nothing is run.
+
+    Raises:
+        UserError: No such experiment, or one of its cells is malformed.
+    """
+    with hydra_ready(), one_line_errors():
+        if name not in experiment_names():
+            raise unknown("experiment", name, experiment_names())
+        section = compose(CONFIG_NAME, overrides=[f"+experiment={name}"]).experiment
+        count = len(expand(section.cells))
+        points = sweep_points(user_overrides)
+        return section, [compose_cell(section, i, point) for i in range(count) for point in points]
+
+
+def sweep_points(overrides: Sequence[str]) -> list[list[str]]:
+    """The points of a sweep: ``seed=0,1`` is two, a single value is one."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    axes = [
+        [f"{o.key_or_group}={value}" for value in o.sweep_string_iterator()] if o.is_sweep_override() else [text]
+        for o, text in zip(parsed, overrides, strict=True)
+    ]
+    return [list(point) for point in itertools.product(*axes)]
+
+
+def experiment_names() -> list[str]:
+    """Names of the experiment files."""
+    folder = Path(__file__).parent.parent / CONFIG_MODULE / "experiment"
+    return sorted(p.stem for p in folder.glob("*.yaml"))
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn Hydra's and OmegaConf's errors into :class:`UserError`."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise one_line(error) from error
+
+
+def one_line(error: BaseException) -> UserError:
+    """What is wrong with a configuration, in one line."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    for link in chain:
+        if isinstance(link, UserError):
+            return link
+    for link in chain:
+        message = _known(link)
+        if message is not None:
+            return message
+    return UserError(" ".join(str(chain[0]).split()))
+
+
+def _known(error: BaseException) -> UserError | None:
+    text = str(error)
+    if isinstance(error, MissingConfigException):
+        found = re.search(r"(?:find|load) '(\S+?)/?(\w*)'", text)
+        group, value = (str(found[1]), str(found[2])) if found else ("config", "")
+        return unknown(group, value, error.options or options_of(group))
+    if isinstance(error, MissingMandatoryValue):
+        key = _full_key(text)
+        return UserError(f"{key}: is missing; set {key}=…")
+    if isinstance(error, (ConfigKeyError, ConfigAttributeError)):
+        key = _full_key(text)
+        allowed = settings_beside(key)
+        return unknown("setting", key, allowed) if allowed else UserError(f"{key}: is not a setting")
+    if found := re.search(r"Ambiguous value for argument '(\S+?)=(\S+)'", text):
+        key, value = found.groups()
+        return UserError(f"{key}: {value} is several values; add -m for a sweep over them, or write {key}=[{value}]")
+    if found := re.search(r"Error parsing override '([^']*)'", text):
+        return UserError(f"override {found.group(1)!r} is not understood; write key=value")
+    return None
+
+
+def _full_key(text: str) -> str:
+    found = re.search(r"full_key: (\S+)", text) or re.search(r"Missing mandatory value: (\S+)", text)
+    return found.group(1) if found else "config"
+
+
+def options_of(group: str) -> list[str]:
+    """Names of a config group's options."""
+    with hydra_ready():
+        loader = GlobalHydra.instance().config_loader()
+        return list(loader.get_group_options(group))
+
+
+def settings_beside(key: str) -> list[str]:
+    """Dotted names of the settings that stand beside an unknown one in the default configuration."""
+    parent = key.rpartition(".")[0]
+    with hydra_ready():
+        node = compose(CONFIG_NAME)
+    if parent:
+        node = OmegaConf.select(node, parent, throw_on_missing=False)
+    names = [str(k) for k in node] if isinstance(node, DictConfig) else []
+    return [f"{parent}.{name}" if parent else name for name in names]

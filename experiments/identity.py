@@ -1,0 +1,107 @@
+"""The identity of a cell and of what cells share: SHA-256 of the settings that determine results, and of nothing else.
+
+Paths, device, engine, logger and launcher are left out, so the same cell has the same hash on any machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+from typing import Any
+
+from bc import models
+from bc.settings import PRESETS, Compensation
+from experiments.config import CellConfig
+
+SCHEMA = 1  # raise when the meaning of a setting or of a stored result changes
+
+
+def scientific(cell: CellConfig) -> dict[str, Any]:
+    """The settings that determine a cell's results, in one canonical form.
+
+    The float model has no calibration, BC or seed, so that every sweep over one model shares one float cell.
+    """
+    data = cell.data
+    out: dict[str, Any] = {
+        "schema": SCHEMA,
+        "model": model_part(cell),
+        "quantizer": {"name": cell.quantizer, **cell.options},
+        "bits": asdict(cell.bits),
+        "bc": bc_part(cell.bc),
+        "calibration": asdict(data.calibration),
+        "selection": asdict(data.selection),
+        "report": asdict(cell.report),
+        "evaluation": asdict(data.evaluation) | {"datasets": sorted(data.evaluation.datasets)},
+        "seed": cell.seed,
+    }
+    if cell.is_float:
+        out |= {"calibration": None, "selection": None, "report": None, "seed": 0}
+    return out
+
+
+def model_part(cell: CellConfig) -> dict[str, Any]:
+    """Model tag and revision; a model that no catalogue knows is its name."""
+    source = models.catalogue().get(cell.model.name)
+    part = {"name": cell.model.name, "dtype": cell.model.dtype}
+    if source is None:
+        return part
+    return part | {"repo": source.embedded or source.repo, "revision": source.revision}
+
+
+def bc_part(bc: Compensation) -> dict[str, Any] | None:
+    """BC's settings without those that are of no effect; None for no compensation."""
+    if not bc.enabled:
+        return None
+    return asdict(bc) | {
+        "scope": list(bc.scope),
+        "sink_positions": bc.sink_positions if bc.granularity == "sink" else None,
+    }
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def cell_hash(cell: CellConfig) -> str:
+    """Identity of a cell."""
+    return digest(scientific(cell))
+
+
+def weights_hash(cell: CellConfig) -> str:
+    """Identity of the quantized weights: BC off and every BC setting share it."""
+    full = scientific(cell)
+    return digest({k: full[k] for k in ("schema", "model", "quantizer", "bits", "calibration", "seed")})
+
+
+def means_hash(cell: CellConfig) -> str:
+    """Identity of the float model's statistics: every quantizer and bit width shares it."""
+    full = scientific(cell)
+    return digest({k: full[k] for k in ("schema", "model", "calibration", "seed")})
+
+
+def with_seed(cell: CellConfig, seed: int) -> CellConfig:
+    """The same cell with another seed."""
+    return replace(cell, seed=seed)
+
+
+def bc_label(bc: Compensation) -> str:
+    """A preset's name, or a description of the settings."""
+    for name, preset in PRESETS.items():
+        if bc_part(preset) == bc_part(bc):
+            return name
+    text = f"{bc.granularity}{bc.sink_positions if bc.granularity == 'sink' and bc.sink_positions > 1 else ''}"
+    text += f"-{'+'.join(bc.scope)}-{bc.stream}"
+    return text if bc.dtype == Compensation().dtype else f"{text}-{bc.dtype}"
+
+
+def slug(cell: CellConfig) -> str:
+    """Readable name of a cell's folder: settings, then the first 8 digits of the hash."""
+    model = cell.model.name.replace("/", "_")
+    if cell.is_float:
+        parts = [model, "float"]
+    else:
+        parts = [model, cell.quantizer, cell.bits.label, bc_label(cell.bc), f"s{cell.seed}"]
+    return "-".join([*parts, cell_hash(cell)[:8]])

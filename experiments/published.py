@@ -1,0 +1,62 @@
+"""The paper's printed values, to stand beside ours."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+from bc import models
+from bc.errors import UserError
+from experiments.config import CellConfig
+from experiments.identity import bc_label
+
+# how the paper's tables print what we call otherwise
+METHODS = {"none": ("FP16", "FP32"), "rtn": ("RTN",), "gptq": ("GPTQ",), "awq": ("AWQ",)}
+METRICS = {"perplexity": "ppl", "top1": "top1"}
+WITH_BC = "+BC"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A printed value and the note that goes with it."""
+
+    value: float
+    note: str
+
+
+class PublishedTable:
+    """Values of one published table.
+
+    Args:
+        path: Its file; None for an experiment without published values.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._values: dict[tuple[str, ...], Published] = {}
+        if path is None:
+            return
+        if not path.is_file():
+            raise UserError(f"experiment.published: no file {str(path)!r}; restore it from version control")
+        with path.open(encoding="utf8", newline="") as stream:
+            for row in csv.DictReader(stream):
+                if row["metric"] in METRICS.values():
+                    key = (row["method"], row["w_bits"], row["group"], row["model"], row["dataset"], row["metric"])
+                    self._values[key] = Published(float(row["value"]), row["note"])
+
+    def __bool__(self) -> bool:
+        return bool(self._values)
+
+    def find(self, cell: CellConfig, dataset: str, metric: str) -> Published | None:
+        """The printed value that a cell reproduces, if there is one."""
+        source = models.catalogue().get(cell.model.name)
+        label = bc_label(cell.bc)
+        if source is None or label not in ("off", "paper"):
+            return None
+        group = "" if cell.is_float else str(cell.bits.group_size)
+        for method in METHODS.get(cell.quantizer, ()):
+            name = method + (WITH_BC if label == "paper" else "")
+            key = (name, str(cell.bits.weight), group, source.repo, dataset, METRICS[metric])
+            if key in self._values:
+                return self._values[key]
+        return None

@@ -1,0 +1,200 @@
+"""A table in Markdown, LaTeX, HTML (wide, for people) and CSV (long, for programs)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from experiments.identity import bc_label, cell_hash, with_seed
+from experiments.records import write_text
+
+if TYPE_CHECKING:
+    from experiments.tables import Line
+
+FIXED_BELOW = 10_000  # larger values are printed in scientific notation
+LONG = (
+    "model",
+    "quantizer",
+    "bits",
+    "bc",
+    "dataset",
+    "metric",
+    "published",
+    "ours",
+    "deviation",
+    "seeds",
+    "difference",
+    "bits_per_weight",
+    "bias_parameters",
+    "missing",
+    "note",
+)
+LATEX_SIGNS = {"±": "$\\pm$", "—": "---", "∞": "$\\infty$"}
+SETTING = ("model", "quantizer", "bits", "BC", "bits/weight", "bias values")
+MADE_BY = "Made by `python -m experiments.tables {name}`; not to be edited."
+
+
+def write_table(stem: Path, title: str, lines: Sequence[Line]) -> list[Path]:
+    """Write a table in all formats.
+
+    Args:
+        stem: Path without ending.
+        title: Heading.
+        lines: What to show, in order.
+
+    Returns:
+        The files.
+    """
+    frame, bold = wide(lines)
+    notes = sorted({f"{line.cell.model.name}, {line.dataset}: {n}" for line in lines if (n := _note(line))})
+    texts = {
+        "md": markdown(stem.name, title, frame, bold, notes),
+        "tex": latex(stem.name, title, frame, bold),
+        "csv": long_csv(lines),
+        "html": html(stem.name, title, frame, bold, notes),
+    }
+    for ending, text in texts.items():
+        write_text(stem.with_suffix(f".{ending}"), text)
+    return [stem.with_suffix(f".{ending}") for ending in texts]
+
+
+def wide(lines: Sequence[Line]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """One row a setting, the data sets side by side; and which entries are the best of their model and bits."""
+    with_published = any(line.published for line in lines)
+    best = [id(line) for line in _best(lines)]
+    table: dict[str, dict[tuple[str, str], str]] = {}
+    bold: dict[str, set[tuple[str, str]]] = {}
+    for line in lines:
+        key = cell_hash(with_seed(line.cell, 0))
+        row = table.setdefault(key, {})
+        if line.rows or not row:  # storage is known as soon as one data set was evaluated
+            row |= {("", name): text for name, text in zip(SETTING, _setting(line), strict=True)}
+        if with_published:
+            row[line.dataset, "published"] = number(line.published.value) if line.published else "—"
+        row[line.dataset, "ours"] = ours(line)
+        if with_published:
+            row[line.dataset, "difference"] = number(line.difference, sign=True)
+        if id(line) in best:
+            bold.setdefault(key, set()).add((line.dataset, "ours"))
+    columns = list(dict.fromkeys(column for row in table.values() for column in row))
+    index = pd.MultiIndex.from_tuples(columns)
+    frame = pd.DataFrame([[row.get(c, "—") for c in columns] for row in table.values()], columns=index)
+    mask = pd.DataFrame([[c in bold.get(key, ()) for c in columns] for key in table], columns=index)
+    return frame, mask
+
+
+def _setting(line: Line) -> tuple[str, ...]:
+    cell = line.cell
+    bits, biases = line.fact("bits_per_weight"), line.fact("bias_parameters")
+    return (
+        cell.model.name,
+        "float" if cell.is_float else cell.quantizer.upper(),
+        cell.model.dtype if cell.is_float else cell.bits.label,
+        bc_label(cell.bc),
+        "—" if bits is None else f"{bits:.2f}",
+        "—" if biases is None else f"{biases:,.0f}",
+    )
+
+
+def _best(lines: Sequence[Line]) -> list[Line]:
+    """The lowest value of every model, bits and data set, where there are several to compare."""
+    groups: dict[tuple[str, str, str], list[Line]] = {}
+    for line in lines:
+        if line.mean is not None and not line.cell.is_float:
+            groups.setdefault((line.cell.model.name, line.cell.bits.label, line.dataset), []).append(line)
+    return [min(g, key=lambda line: line.mean or math.inf) for g in groups.values() if len(g) > 1]
+
+
+def ours(line: Line) -> str:
+    """Mean ± standard deviation over seeds, or why there is none."""
+    if line.mean is None:
+        return line.missing
+    if line.deviation is None:
+        return number(line.mean)
+    return f"{number(line.mean)} ± {number(line.deviation)} (n={len(line.values)})"
+
+
+def number(value: float | None, sign: bool = False) -> str:
+    """A value for people: two decimals, scientific where it is large."""
+    if value is None:
+        return "—"
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    form = ".2f" if abs(value) < FIXED_BELOW else ".3g"
+    return format(value, f"+{form}" if sign else form)
+
+
+def _note(line: Line) -> str:
+    return line.published.note if line.published else ""
+
+
+def headings(frame: pd.DataFrame) -> list[str]:
+    """One heading a column, for formats with a single heading line."""
+    return [": ".join(part for part in map(str, column) if part) for column in frame.columns.to_list()]
+
+
+def markdown(name: str, title: str, frame: pd.DataFrame, bold: pd.DataFrame, notes: Sequence[str]) -> str:
+    """The table in Markdown."""
+    rows = [[str(value) for value in row] for row in frame.to_numpy().tolist()]
+    marks = bold.to_numpy().tolist()
+    rows = [
+        [f"**{v}**" if m else v for v, m in zip(row, mark, strict=True)] for row, mark in zip(rows, marks, strict=True)
+    ]
+    align = ["---" if i < len(SETTING) - 2 else "--:" for i in range(len(frame.columns))]
+    body = [headings(frame), align, *rows]
+    table = "\n".join("| " + " | ".join(v.replace("|", "\\|") for v in row) + " |" for row in body)
+    lines = "".join(f"- {note}\n" for note in notes)
+    text = f"# {title}\n\n{MADE_BY.format(name=name)} Bits per weight count scales, zero points and biases. "
+    text += "Bold: the lowest of a model, bit width and data set.\n\n"
+    return text + table + "\n" + (f"\nNotes on the published values:\n\n{lines}" if lines else "")
+
+
+def _styled(name: str, frame: pd.DataFrame, bold: pd.DataFrame, escape: str) -> Any:
+    css = bold.map(lambda b: "font-weight: bold" if b else "")
+    styler = frame.style.format(escape=escape, na_rep="—")
+    return styler.apply(lambda _: css, axis=None).hide(axis="index").set_uuid(name)
+
+
+def latex(name: str, title: str, frame: pd.DataFrame, bold: pd.DataFrame) -> str:
+    """The table in LaTeX (booktabs)."""
+    plain = frame.copy()
+    plain.columns = pd.Index(headings(frame))
+    mask = bold.copy()
+    mask.columns = plain.columns
+    styler = _styled(name, plain, mask, "latex").format_index(escape="latex", axis=1)
+    align = "l" * (len(SETTING) - 2) + "r" * (len(frame.columns) - len(SETTING) + 2)
+    text = styler.to_latex(hrules=True, convert_css=True, column_format=align, caption=title.replace("%", "\\%"))
+    for sign, command in LATEX_SIGNS.items():
+        text = text.replace(sign, command)
+    return f"% {MADE_BY.format(name=name)}\n{text}"
+
+
+def html(name: str, title: str, frame: pd.DataFrame, bold: pd.DataFrame, notes: Sequence[str]) -> str:
+    """The table in HTML."""
+    styler = _styled(name, frame, bold, "html").set_caption(title)
+    styler = styler.set_table_styles([{"selector": "td, th", "props": "padding: 0.2em 0.7em; text-align: right"}])
+    lines = "".join(f"<li>{note}</li>\n" for note in notes)
+    table = styler.to_html(doctype_html=True, encoding="utf8")
+    return table.replace("</body>", f"<ul>\n{lines}</ul>\n</body>") if lines else table
+
+
+def long_csv(lines: Sequence[Line]) -> str:
+    """One row a setting and data set, numbers in full precision."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(LONG)
+    for line in lines:
+        cell, published = line.cell, line.published.value if line.published else None
+        numbers = (published, line.mean, line.deviation, len(line.values), line.difference)
+        storage = (line.fact("bits_per_weight"), line.fact("bias_parameters"))
+        names = (cell.model.name, cell.quantizer, cell.bits.label, bc_label(cell.bc), line.dataset, "perplexity")
+        writer.writerow(
+            [*names, *("" if n is None else repr(n) for n in (*numbers, *storage)), line.missing, _note(line)]
+        )
+    return stream.getvalue()

@@ -1,0 +1,73 @@
+"""Run one cell, a sweep or an experiment: ``python -m experiments.run --help``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from bc.errors import UserError
+from experiments.compose import CONFIG_MODULE, CONFIG_NAME, one_line
+from experiments.sweep import CellFailedError, State, exit_code, job
+
+INTERRUPTED, TERMINATED = 130, 143  # what shells expect after SIGINT and SIGTERM
+
+
+@hydra.main(config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME, version_base="1.3")
+def hydra_main(config: DictConfig) -> None:
+    """Hand a job's configuration on."""
+    job(config)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Of the process by default.
+
+    Returns:
+        0; 1 where a cell failed; 2 for a mistake in the input; 130 or 143 where it was stopped.
+    """
+    if arguments is not None:
+        sys.argv[1:] = arguments
+    sys.argv[1:] = tidy(sys.argv[1:])
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes exceptions on instead of printing tracebacks
+    signal.signal(signal.SIGTERM, _terminated)
+    State.reset()
+    try:
+        hydra_main()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except CellFailedError:
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return INTERRUPTED
+    if State.outcomes is None and not State.ran:  # --help, --cfg and the like
+        return 0
+    return exit_code(State.outcomes, print)
+
+
+def tidy(arguments: Sequence[str]) -> list[str]:
+    """Accept ``experiment=NAME`` for ``+experiment=NAME``, and ``-m`` anywhere."""
+    flags = [a for a in arguments if a in ("-m", "--multirun")]
+    rest = [a for a in arguments if a not in flags]
+    return flags[:1] + [f"+{a}" if a.startswith("experiment=") else a for a in rest]
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(TERMINATED)
+
+
+if __name__ == "__main__":
+    from experiments.run import main as _main  # not __main__'s copy, so that job processes can import what they run
+
+    sys.exit(_main())

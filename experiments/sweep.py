@@ -1,0 +1,105 @@
+"""The job that Hydra runs for every cell, and the collection of what came of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from bc.errors import UserError
+from experiments.cell import Outcome, run_cell
+from experiments.compose import job_config
+from experiments.store import read_json, write_json
+
+log = logging.getLogger(__name__)
+OUTCOME = "outcome.json"
+
+
+class CellFailedError(RuntimeError):
+    """A cell failed and ``on_error=raise``."""
+
+
+class State:
+    """What this process knows of the sweep."""
+
+    outcomes: ClassVar[list[Outcome] | None] = None  # all that came of the sweep, once Hydra has ended it
+    stopped: ClassVar[bool] = False  # a cell failed and on_error=raise: the remaining jobs do nothing
+    said: ClassVar[set[str]] = set()  # errors that have been told
+    ran: ClassVar[bool] = False  # a job was run in this process
+
+    @classmethod
+    def reset(cls) -> None:
+        """Forget an earlier sweep of this process."""
+        cls.outcomes, cls.stopped, cls.said, cls.ran = None, False, set(), False
+
+
+def job(config: DictConfig) -> None:
+    """Run the cell of one Hydra job and leave its outcome in the job's folder."""
+    State.ran = True
+    hydra = HydraConfig.get()
+    outcome = Outcome("not run") if State.stopped else _run(config, list(hydra.overrides.task))
+    write_json(Path(hydra.runtime.output_dir) / OUTCOME, asdict(outcome))
+    if outcome.state == "failed" and config.on_error == "raise":
+        State.stopped = True
+        if "SUBMITIT_EXECUTOR" in os.environ:  # a process of its own: only an exception reaches the sweep
+            raise CellFailedError(outcome.line)
+
+
+def _run(config: DictConfig, overrides: list[str]) -> Outcome:
+    try:
+        run = job_config(config, overrides)
+    except UserError as error:
+        outcome = Outcome("failed", "", str(error), mistake=True)
+    else:
+        outcome = run_cell(run)
+    _say(outcome)
+    return outcome
+
+
+def _say(outcome: Outcome) -> None:
+    if outcome.state != "failed":
+        log.info("%s", outcome.line)
+        return
+    if outcome.line not in State.said:  # a mistake in one setting would be told once for every cell
+        print(f"error: {outcome.line}", file=sys.stderr, flush=True)
+        State.said.add(outcome.line)
+    if outcome.slug:
+        log.info("%s: failed", outcome.slug)
+
+
+class Collect(Callback):
+    """Reads the outcomes of all jobs when Hydra has ended them, wherever they ran."""
+
+    def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """See :class:`hydra.experimental.callback.Callback`."""
+        State.outcomes = collect(Path(config.hydra.run.dir))
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """See :class:`hydra.experimental.callback.Callback`."""
+        State.outcomes = collect(Path(config.hydra.sweep.dir))
+
+
+def collect(folder: Path) -> list[Outcome]:
+    """Outcomes below a run's or sweep's folder."""
+    return [Outcome(**read_json(path)) for path in sorted(folder.rglob(OUTCOME))]
+
+
+def exit_code(outcomes: list[Outcome] | None, say: Callable[[str], None]) -> int:
+    """Exit status of a run or sweep: 0, 1 where a cell failed, 2 where all failures are the user's to mend."""
+    if outcomes is None:
+        return 1
+    failed = [o for o in outcomes if o.state == "failed"]
+    if len(outcomes) > 1:
+        counts = {s: sum(o.state == s for o in outcomes) for s in ("complete", "skipped", "busy", "failed", "not run")}
+        say(", ".join(f"{count} {state}" for state, count in counts.items() if count))
+    if not failed:
+        return 0
+    return 2 if all(o.mistake for o in failed) else 1

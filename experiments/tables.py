@@ -1,0 +1,174 @@
+"""Rebuild cells.csv and a table: ``python -m experiments.tables table2 [key=value …] [--results DIR] [--from wandb]``.
+
+What lies in result files goes into ``cells.csv``; the table is made from ``cells.csv`` alone, so it can be rebuilt
+where there are no result files, and rows without files stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bc.errors import UserError
+from experiments.compose import load_experiment
+from experiments.config import CellConfig, RunConfig
+from experiments.identity import cell_hash, slug, with_seed
+from experiments.published import Published, PublishedTable
+from experiments.records import FILE, Row, merge, read_rows, rows_of, write_rows
+from experiments.render import write_table
+from experiments.status import state_of
+from experiments.store import CellStore, all_results
+
+METRIC = "perplexity"
+REASON_LENGTH = 60
+PUBLISHED = Path(__file__).parent.parent / "results" / "published"
+
+
+@dataclass
+class Line:
+    """One cell and data set of a table, over all seeds that were run.
+
+    Attributes:
+        cell: The cell, at the seed that the experiment lists.
+        dataset: Test text.
+        values: Ours, a value a seed.
+        rows: The rows of cells.csv that they come from.
+        published: What the paper prints, if anything.
+        missing: Why there is no value of ours.
+    """
+
+    cell: CellConfig
+    dataset: str
+    values: list[float] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    published: Published | None = None
+    missing: str = ""
+
+    @property
+    def mean(self) -> float | None:
+        """Mean over seeds."""
+        return statistics.fmean(self.values) if self.values else None
+
+    @property
+    def deviation(self) -> float | None:
+        """Sample standard deviation over seeds."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    @property
+    def difference(self) -> float | None:
+        """Ours minus published."""
+        return self.mean - self.published.value if self.published and self.mean is not None else None
+
+    def fact(self, name: str) -> float | None:
+        """Mean over seeds of a numeric column."""
+        found = [float(row[name]) for row in self.rows if row[name]]
+        return statistics.fmean(found) if found else None
+
+
+def distinct(runs: Iterable[RunConfig]) -> list[CellConfig]:
+    """Cells of an experiment that differ in more than the seed."""
+    return list({cell_hash(with_seed(run.cell, 0)): run.cell for run in reversed(list(runs))}.values())[::-1]
+
+
+def hashes(cell: CellConfig, seeds: Iterable[int]) -> list[str]:
+    """Hash of a cell at each of some seeds, without repetition."""
+    return list(dict.fromkeys(cell_hash(with_seed(cell, seed)) for seed in sorted(seeds)))
+
+
+def new_rows(cells: Iterable[CellConfig], results: Iterable[dict[str, Any]], experiment: str, suite: str) -> list[Row]:
+    """Rows for the results, at any seed, of an experiment's cells."""
+    found = {result["cell"]: result for result in results}
+    seeds = {int(result["label"]["seed"]) for result in found.values()}
+    wanted = dict.fromkeys(h for cell in cells for h in hashes(cell, seeds))
+    return [row for h in wanted if h in found for row in rows_of(found[h], experiment, suite)]
+
+
+def table_lines(
+    cells: Iterable[CellConfig], rows: Iterable[Row], experiment: str, published: PublishedTable, results: Path
+) -> list[Line]:
+    """Every cell and data set of an experiment with what is known of it."""
+    mine = [row for row in rows if row["experiment"] == experiment and row["metric"] == METRIC]
+    found = {(row["cell"], row["dataset"]): row for row in mine}
+    seeds = {int(row["seed"]) for row in mine}
+    lines = []
+    for cell in cells:
+        for dataset in cell.data.evaluation.datasets:
+            line = Line(cell, dataset, published=published.find(cell, dataset, METRIC))
+            line.rows = [found[h, dataset] for h in hashes(cell, seeds | {cell.seed}) if (h, dataset) in found]
+            line.values = [float(row["value"]) for row in line.rows]
+            if not line.values:
+                line.missing = reason(CellStore(results, slug(cell), cell_hash(cell)))
+            lines.append(line)
+    return lines
+
+
+def reason(store: CellStore) -> str:
+    """Why a cell has no value."""
+    state, detail = state_of(store)
+    if state == "failed":
+        text = "no data: " if detail.startswith("data") else "failed: "
+        detail = text + detail
+        return detail if len(detail) <= REASON_LENGTH else detail[: REASON_LENGTH - 1] + "…"
+    return {"waiting": "not run", "complete": "not in cells.csv"}.get(state, state)
+
+
+def rebuild(name: str, overrides: Sequence[str], results: Path, source: str = "files") -> list[Path]:
+    """Bring cells.csv up to date for an experiment and write its table.
+
+    Args:
+        name: The experiment.
+        overrides: Those that the experiment was run with.
+        results: The results directory.
+        source: ``files`` or ``wandb``.
+
+    Returns:
+        The files that were written.
+    """
+    section, runs = load_experiment(name, overrides)
+    cells = distinct(runs)
+    if source == "wandb":
+        from experiments.wandb_logger import read_results
+
+        found = read_results(runs[0].logger)
+    else:
+        found = all_results(results)
+    rows = merge(read_rows(results / FILE), new_rows(cells, found, name, section.suite))
+    write_rows(results / FILE, rows)
+    published = PublishedTable(PUBLISHED / section.published if section.published else None)
+    lines = table_lines(cells, rows, name, published, results)
+    return [results / FILE, *write_table(results / "tables" / name, section.title or name, lines)]
+
+
+def stored_lines(name: str, overrides: Sequence[str], results: Path) -> tuple[str, list[Line]]:
+    """Title and lines of an experiment's table, from cells.csv as it is."""
+    section, runs = load_experiment(name, overrides)
+    lines = table_lines(distinct(runs), read_rows(results / FILE), name, PublishedTable(None), results)
+    return section.title or name, lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.tables", description="Rebuild cells.csv and a table.")
+    parser.add_argument("experiment", help="name of a file in conf/experiment")
+    parser.add_argument("overrides", nargs="*", help="overrides that the experiment was run with")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="results directory (default: results)")
+    parser.add_argument("--from", dest="source", choices=("files", "wandb"), default="files", help="where to read")
+    options = parser.parse_intermixed_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        for path in rebuild(options.experiment, options.overrides, options.results, options.source):
+            print(path)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Mistakes in the input: one line that names the setting, exit status 2, before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from experiments import cell
+from experiments.compose import expand
+from experiments.run import main
+from tests.experiments.conftest import Workspace
+
+MISTAKES = [
+    (["model=opt_125"], "model: 'opt_125' is not known", "did you mean 'opt_125m'"),
+    (["quantizer=gptqq"], "quantizer: 'gptqq' is not known", "allowed: "),
+    (["bc=none"], "bc: 'none' is not known", "off, paper"),
+    (["hydra/launcher=pbs"], "hydra/launcher: 'pbs' is not known", "basic"),
+    (["+experiment=table9"], "experiment: 'table9' is not known", "table2"),
+    (["experiment=table9"], "experiment: 'table9' is not known", "table2"),
+    (["bits.weight=9"], "bits.weight: 9 is out of range", "1 to 8"),
+    (["bits.weight=w3"], "bits.weight: 'w3' is a str", "int"),
+    (["bits.width=3"], "setting: 'bits.width' is not known", "bits.weight"),
+    (["+bits.width=3"], "bits option: 'width' is not known", "weight"),
+    (["bitts=w3"], "setting: 'bitts' is not known", "did you mean 'bits'"),
+    (["+extra=3"], "setting: 'extra' is not known", "allowed: "),
+    (["bits.group_size=0"], "bits.group_size: 0 is not allowed", "-1"),
+    (["quantizer.damping=high"], "quantizer.gptq.damping: 'high'", "float"),
+    (["quantizer.damping=2"], "quantizer.gptq.damping: 2 is out of range", "allowed"),
+    (["bc.granularity=row"], "bc.granularity: 'row' is not known", "sink"),
+    (["bc.scope=layer"], "bc.scope: 'layer' is not a list", "bc.scope=["),
+    (["bc.scope=[layers]"], "bc.scope: 'layers' is not known", "layer"),
+    (["seed=-1"], "seed: -1 is not allowed", "0 or more"),
+    (["seed=0,1"], "seed: 0,1 is several values", "-m"),
+    (["quantizer=none"], "bits: w4 does not go with quantizer=none", "bits=float"),
+    (["quantizer=none", "bits=float", "bc=sink"], "bc: there is nothing to compensate", "bc=off"),
+    (["bits=float"], "bits: float weights do not go with quantizer=gptq", "quantizer=none"),
+    (["report.held_out_samples=5"], "report.held_out_samples: 5 is more than the 4", "lower"),
+    (["data.evaluation.limit=0"], "data.evaluation.limit: 0 is not allowed", "1 or more"),
+    (["data.evaluation.datasets=[wikitext]"], "'wikitext' is not known", "wikitext2"),
+    (["data.evaluation.datasets=[]"], "data.evaluation.datasets: [] is not allowed", "one or more"),
+    (["data.evaluation.window=65"], "data.evaluation.window: 65 tokens are more than the 64 positions", "64 or less"),
+    (["data.paths.wikitext2=/no/such/folder"], "data.paths.wikitext2", "/no/such/folder"),
+    (["model.path=/no/such/folder"], "model.path", "/no/such/folder"),
+    (["data.calibration.samples=100000"], "100000 asked for", "lower"),
+    (["engine.device=cuda:99"], "device: 'cuda:99' is absent", "device=cpu"),
+    (["engine.device=tpu"], "device: 'tpu' is not known", "auto"),
+    (["on_error=ignore"], "on_error: 'ignore' is not known", "continue, raise"),
+    (["model.name=???"], "model.name: is missing", "set model.name"),
+    (["model"], "override 'model' is not understood", "key=value"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "start", "mend"), MISTAKES, ids=[" ".join(m[0]) for m in MISTAKES])
+def test_one_line(
+    workspace: Workspace,
+    arguments: list[str],
+    start: str,
+    mend: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cell.models, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    keys = {a.lstrip("+").partition("=")[0] for a in arguments}
+    tiny = [a for a in workspace.arguments() if a.partition("=")[0] not in keys]
+    if "model" in keys:
+        tiny = [a for a in tiny if not a.startswith("model.")]
+    assert main([*tiny, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert start in error
+    assert mend in error
+
+
+def test_a_mistake_in_a_sweep_is_told_once(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert workspace.run("-m", "bits=w3,w4", "bc.granularity=row") == 2
+    assert capsys.readouterr().err.count("bc.granularity") == 1
+    assert main(["-m", f"results_dir={workspace.results}", "bits=w3,w9"]) == 2
+
+
+def test_a_bare_off_in_yaml_is_pointed_out() -> None:
+    assert expand([{"bc": ["off", "sink"], "bits": "w3"}]) == [["bits=w3", "bc=off"], ["bits=w3", "bc=sink"]]
+    with pytest.raises(ValueError, match=r"experiment.cells\[0\].bc: False .*'off' in quotes"):
+        expand([{"bc": [False]}])
+    with pytest.raises(ValueError, match="experiment.cells: is empty"):
+        expand([])
+
+
+def test_model_name_that_is_a_path(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    folder: Path = workspace.shared / "llama"
+    assert main(["model=custom", f"model.name={folder}", f"results_dir={workspace.results}"]) == 2
+    assert "set model.path=" in capsys.readouterr().err

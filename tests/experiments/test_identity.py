@@ -1,0 +1,143 @@
+"""What the hash of a cell depends on, and what it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bc import models, quantizers
+from bc.settings import PRESETS, Bits, build_dataclass
+from experiments.compose import compose_run, experiment_names, hydra_ready, load_experiment
+from experiments.config import RunConfig, cell_config
+from experiments.identity import bc_label, cell_hash, means_hash, slug, weights_hash
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+@pytest.fixture(autouse=True)
+def _hydra() -> Iterator[None]:
+    with hydra_ready():
+        yield
+
+
+def run(*overrides: str) -> RunConfig:
+    return compose_run(["model=opt_125m", "quantizer=gptq", "bits=w3", *overrides])
+
+
+def test_hash_is_known() -> None:
+    """A change of this value makes every stored result a stranger: raise SCHEMA and say so."""
+    assert cell_hash(run().cell) == cell_hash(run().cell)
+    assert slug(run("bc=paper").cell) == f"opt_125m-gptq-w3-paper-s0-{cell_hash(run('bc=paper').cell)[:8]}"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.path=/somewhere",
+        "model.attention=eager",
+        "data.paths.c4=/somewhere",
+        "engine.device=cpu",
+        "engine.batch_size=1",
+        "engine.activations=disk",
+        "logger=none",
+        "logger.mode=online",
+        "results_dir=/elsewhere",
+        "on_error=raise",
+        "data.evaluation.datasets=[c4,ptb,wikitext2]",
+        "bc.sink_positions=3",
+        "quantizer.damping=0.01",
+    ],
+)
+def test_hash_is_of_results_only(override: str) -> None:
+    assert cell_hash(run(override).cell) == cell_hash(run().cell)
+
+
+@pytest.mark.parametrize(
+    ("override", "same_weights", "same_means"),
+    [
+        ("model=opt_350m", False, False),
+        ("model.dtype=float16", False, False),
+        ("quantizer.damping=0.02", False, True),
+        ("quantizer.act_order=true", False, True),
+        ("quantizer=rtn", False, True),
+        ("bits=w4", False, True),
+        ("bits=w3g64", False, True),
+        ("bc=sink", True, True),
+        ("bc=paper", True, True),
+        ("data.calibration.samples=64", False, False),
+        ("data.calibration.dataset=wikitext2", False, False),
+        ("data.selection.samples=32", True, True),
+        ("data.evaluation.limit=8", True, True),
+        ("data.evaluation.datasets=[ptb]", True, True),
+        ("report.held_out_samples=4", True, True),
+        ("seed=1", False, False),
+    ],
+)
+def test_what_the_hashes_tell_apart(override: str, same_weights: bool, same_means: bool) -> None:
+    base, other = run().cell, run(override).cell
+    assert cell_hash(base) != cell_hash(other)
+    assert (weights_hash(base) == weights_hash(other)) is same_weights
+    assert (means_hash(base) == means_hash(other)) is same_means
+
+
+def test_sink_positions_count_at_granularity_sink() -> None:
+    assert cell_hash(run("bc=sink", "bc.sink_positions=2").cell) != cell_hash(run("bc=sink").cell)
+
+
+def test_float_cell_is_canonical() -> None:
+    plain = ["model=opt_125m", "quantizer=none", "bits=float", "bc=off"]
+    base = cell_hash(compose_run(plain).cell)
+    for override in ("seed=3", "data.calibration.samples=4", "report.held_out_samples=2", "bc.granularity=sink"):
+        assert cell_hash(compose_run([*plain, override]).cell) == base
+    assert cell_hash(compose_run([*plain, "data.evaluation.limit=2"]).cell) != base
+
+
+def test_bc_labels() -> None:
+    assert [bc_label(preset) for preset in PRESETS.values()] == list(PRESETS)
+    assert bc_label(run("bc=sink", "bc.stream=quantized").cell.bc) == "sink-layer-quantized"
+    assert bc_label(run("bc=sink", "bc.sink_positions=4", "bc.dtype=float32").cell.bc) == "sink4-layer-float-float32"
+
+
+def test_conf_and_library_name_the_same_things() -> None:
+    known = set(quantizers.available())
+    for path in (CONF / "quantizer").glob("*.yaml"):
+        options = yaml.safe_load(path.read_text())
+        name = options.pop("name")
+        assert name == path.stem
+        if name != "none" and name in known:
+            assert set(options) == set(quantizers.option_names(name)), path
+            defaults = quantizers.available()[name].Options()
+            assert all(getattr(defaults, key) == value for key, value in options.items()), path
+    for path in (CONF / "bc").glob("*.yaml"):
+        if path.stem in PRESETS:
+            assert bc_label(run(f"bc={path.stem}").cell.bc) == path.stem
+    for path in (CONF / "bits").glob("*.yaml"):
+        bits = build_dataclass(Bits, yaml.safe_load(path.read_text()), "bits")
+        assert bits == Bits.parse(path.stem)
+    assert {p.stem for p in (CONF / "model").glob("*.yaml")} >= set(models.catalogue())
+
+
+@pytest.mark.parametrize("name", experiment_names())
+def test_experiments_compose(name: str) -> None:
+    section, runs = load_experiment(name)
+    hashes = [cell_hash(r.cell) for r in runs]
+    assert len(hashes) == len(set(hashes))
+    assert section.name == name
+    assert section.suite in ("paper", "embedded")
+
+
+def test_cells_of_the_tables() -> None:
+    _, runs = load_experiment("table2")
+    assert len(runs) == 3 * (1 + 6 + 3)
+    assert {slug(r.cell).partition("-")[0] for r in runs} == {"opt_125m", "opt_350m", "bloom_560m"}
+    _, runs = load_experiment("table2_embedded", ["data.evaluation.limit=4", "seed=0,1"])
+    assert len({cell_hash(r.cell) for r in runs}) == 1 + 2 * 24
+    assert all(r.cell.data.evaluation.limit == 4 for r in runs)
+
+
+def test_schema_refuses_what_is_no_mapping() -> None:
+    with pytest.raises(ValueError, match="bc: 'off' is not a group"):
+        cell_config({"seed": 0, "bc": "off"})

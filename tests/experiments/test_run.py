@@ -1,0 +1,195 @@
+"""The whole command line on tiny models: sweeps, skipping, sharing, failures, interruptions."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bc.errors import QuantizationError
+from experiments import cell
+from experiments.run import main, tidy
+from tests.experiments.conftest import Workspace
+
+ROOT = Path(__file__).parents[2]
+SWEEP = ("-m", "quantizer=gptq", "bits=w3", "bc='off',sink,paper")
+RTN = ("quantizer=rtn", "bits=w3g16", "bc='off'")
+
+# runs the command line in a process that dies, without warning, when it evaluates its second cell
+DYING = """
+import os, signal, sys
+from experiments import cell, run
+evaluated, evaluate = [], cell.evaluate_perplexity
+def dying(*args):
+    evaluated.append(1)
+    if len(evaluated) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return evaluate(*args)
+cell.evaluate_perplexity = dying
+run.main(sys.argv[1:])
+"""
+
+
+def metrics(workspace: Workspace) -> dict[str, str]:
+    return {c.name: json.dumps(json.loads((c / "result.json").read_text())["metrics"]) for c in workspace.cells()}
+
+
+def states(workspace: Workspace) -> list[str]:
+    return [json.loads((c / "status.json").read_text())["state"] for c in workspace.cells()]
+
+
+@pytest.mark.parametrize("model", ["opt", "opt_350m", "bloom", "llama"])
+def test_sweep_on_every_family(workspace: Workspace, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert workspace.run(*SWEEP, model=model) == 0
+    results = [json.loads((c / "result.json").read_text()) for c in workspace.cells()]
+    assert [r["label"]["bc"] for r in results] == ["off", "paper", "sink"]
+    for result in results:
+        assert result["metrics"][0]["test_samples"] == 8
+        assert result["metrics"][0]["value"] > 1
+        assert result["provenance"]["seeds"] == {"calibration": 0, "selection": 0}
+        assert result["error_after"] <= result["error_before"] or result["label"]["bc"] != "off"
+    off, paper, sink = results
+    assert off["bias_parameters"] == 0
+    assert off["bits_per_weight"] < sink["bits_per_weight"] < paper["bits_per_weight"]
+    assert len(list((workspace.results / "artefacts").glob("weights-*"))) == 1
+    assert len(list((workspace.results / "artefacts").glob("means-*"))) == 1
+    assert "3 complete" in capsys.readouterr().out
+
+
+def test_finished_cells_are_skipped(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert workspace.run(*RTN) == 0
+    before = (workspace.cells()[0] / "result.json").read_bytes()
+    capsys.readouterr()
+    assert workspace.run(*RTN) == 0
+    assert "complete already" in capsys.readouterr().out
+    assert (workspace.cells()[0] / "result.json").read_bytes() == before
+
+
+def test_float_cell_is_one_whatever_the_seed(workspace: Workspace) -> None:
+    assert workspace.run("-m", "quantizer=none", "bits=float", "seed=0,1") == 0
+    (folder,) = workspace.cells()
+    result = json.loads((folder / "result.json").read_text())
+    assert result["config"]["calibration"] is None
+    assert result["bits_per_weight"] == pytest.approx(32, rel=0.1)
+
+
+def test_short_last_group_is_told(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert workspace.run("quantizer=rtn", "bits.weight=4", "bits.group_size=24", "report.held_out_samples=0") == 0
+    assert "24 does not divide 32 inputs; the last group has 8" in capsys.readouterr().out
+
+
+def test_killed_and_resumed_sweep_gives_equal_results(workspace: Workspace, tmp_path: Path) -> None:
+    arguments = workspace.arguments("llama", *SWEEP)
+    died = subprocess.run([sys.executable, "-c", DYING, *tidy(arguments)], cwd=ROOT, check=False, capture_output=True)
+    assert died.returncode == -signal.SIGKILL
+    assert sum((c / "result.json").exists() for c in workspace.cells()) == 1
+    assert "running" in states(workspace)
+    assert workspace.run(*SWEEP) == 0
+    untouched = Workspace(workspace.shared, tmp_path / "untouched")
+    assert untouched.run(*SWEEP) == 0
+    assert metrics(workspace) == metrics(untouched)
+
+
+def test_two_launchers_run_every_cell_once(workspace: Workspace) -> None:
+    command = [sys.executable, "-m", "experiments.run", *tidy(workspace.arguments("llama", *SWEEP))]
+    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum(output.count(": starts") for output in outputs) == 3
+    assert len(metrics(workspace)) == 3
+
+
+@pytest.mark.parametrize("damage", [b"{", b'{"schema": 1}', b'{"schema": 0}', b"\xff\xfe"])
+def test_unreadable_result_is_moved_aside(
+    workspace: Workspace, damage: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert workspace.run(*RTN) == 0
+    good = metrics(workspace)
+    (workspace.cells()[0] / "result.json").write_bytes(damage)
+    assert workspace.run(*RTN) == 0
+    assert "moved to" in capsys.readouterr().out
+    assert (workspace.cells()[0] / "result.json.damaged-1").read_bytes() == damage
+    assert metrics(workspace) == good
+
+
+def test_damaged_artefact_is_moved_aside(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert workspace.run(*RTN) == 0
+    good = metrics(workspace)
+    (file,) = (workspace.results / "artefacts").glob("weights-*")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    (workspace.cells()[0] / "result.json").unlink()
+    assert workspace.run(*RTN) == 0
+    assert file.name in capsys.readouterr().out
+    assert file.with_name(f"{file.name}.damaged-1").exists()
+    assert metrics(workspace) == good
+
+
+def break_evaluation(monkeypatch: pytest.MonkeyPatch, error: BaseException | None) -> None:
+    def broken(*_: Any) -> float:
+        if error is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("not terminated")
+        raise error
+
+    monkeypatch.setattr(cell, "evaluate_perplexity", broken)
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (None, 143)])
+def test_interruption(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, error: BaseException | None, code: int
+) -> None:
+    with monkeypatch.context() as patch:
+        break_evaluation(patch, error)
+        try:
+            assert workspace.run(*RTN) == code
+        except SystemExit as stop:
+            assert stop.code == code
+    assert states(workspace) == ["interrupted"]
+    assert workspace.run(*RTN) == 0
+    assert states(workspace) == ["complete"]
+
+
+def test_failed_cell_is_recorded_and_the_sweep_goes_on(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        break_evaluation(patch, QuantizationError("layer 3: not finite"))
+        assert workspace.run("-m", "quantizer=rtn", "bits=w3,w4") == 1
+    assert states(workspace) == ["failed", "failed"]
+    status = json.loads((workspace.cells()[0] / "status.json").read_text())
+    assert status["error"] == "layer 3: not finite"
+    assert "Traceback" in status["traceback"]
+    shown = capsys.readouterr()
+    assert "Traceback" not in shown.err
+    assert "2 failed" in shown.out
+    assert workspace.run("-m", "quantizer=rtn", "bits=w3,w4") == 0
+
+
+def test_on_error_raise_stops_the_sweep(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_evaluation(monkeypatch, QuantizationError("layer 3: not finite"))
+    assert workspace.run("-m", "quantizer=rtn", "bits=w3,w4", "on_error=raise") == 1
+    assert states(workspace) == ["failed"]
+
+
+def test_local_launcher_runs_cells_in_processes(workspace: Workspace) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    arguments = workspace.arguments("llama", "-m", "quantizer=rtn", "bits=w3,w4", "hydra/launcher=local")
+    assert main(arguments) == 0
+    assert states(workspace) == ["complete", "complete"]
+    broken = [a if not a.startswith("engine.device") else "engine.device=cuda:99" for a in arguments]
+    assert main([*broken, "seed=1"]) == 2
+
+
+def test_nothing_is_written_outside_results(workspace: Workspace, tmp_path: Path) -> None:
+    before = set(ROOT.iterdir())
+    assert workspace.run(*RTN) == 0
+    assert {p for p in ROOT.iterdir() if p.name not in (".ruff_cache", ".mypy_cache", ".pytest_cache")} <= before
+    assert {p.name for p in workspace.results.iterdir()} == {"cells", "artefacts", "logs"}
