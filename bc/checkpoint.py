@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from bc.compensation import PositionSums
 from bc.grid import QuantizedWeight
+from bc.quantizers.awq import ScaledWeight
 from bc.quantizers.base import WeightResult
+from bc.quantizers.billm import BinaryWeight
 
 FORMAT = "bias-compensation-weights-1"
 
@@ -50,6 +53,9 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.packbits(padded, axis=1).reshape(shape).copy())
 
 
+KINDS: dict[str, type] = {"affine": QuantizedWeight, "scaled": ScaledWeight, "binary": BinaryWeight}
+
+
 def save_weights(path: Path, weights: dict[str, WeightResult], metadata: dict[str, str]) -> None:
     """Write quantized weights to one file; it appears complete or not at all.
 
@@ -57,27 +63,44 @@ def save_weights(path: Path, weights: dict[str, WeightResult], metadata: dict[st
         path: The file to make; parents are made too.
         weights: Site → quantized weight, as from :func:`bc.pipeline.calibrate`.
         metadata: Facts to keep in the header.
+
+    Raises:
+        TypeError: A weight of a kind that has no file format.
     """
     tensors: dict[str, Tensor] = {}
     sites: dict[str, Any] = {}
     for name, result in weights.items():
-        weight = result.weight
-        if not isinstance(weight, QuantizedWeight):
-            raise TypeError(f"{name}: a {type(weight).__name__} cannot be saved")
-        tensors[f"{name}.codes"] = pack(weight.codes, weight.bits)
-        tensors[f"{name}.scale"] = weight.scale.contiguous()
-        if not weight.symmetric:
-            tensors[f"{name}.zero_point"] = pack(weight.zero_point.to(torch.uint8), weight.bits)
-        tensors[f"{name}.group"] = weight.group.to(torch.int32)
-        sites[name] = {
-            "shape": list(weight.codes.shape),
-            "bits": weight.bits,
-            "symmetric": weight.symmetric,
-            "trivial_groups": weight.trivial_groups,
-            "notes": result.notes,
-        }
+        sites[name] = _store(name, result.weight, tensors) | {"notes": result.notes}
     header = {"format": FORMAT, "sites": json.dumps(sites), **metadata}
     _write(path, tensors, header)
+
+
+def _store(name: str, weight: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Put a weight's tensors, packed, beside the others; returns what the header has to say of it."""
+    kinds = [kind for kind, cls in KINDS.items() if type(weight) is cls]
+    if not kinds:
+        raise TypeError(f"{name}: a {type(weight).__name__} cannot be saved")
+    site: dict[str, Any] = {"kind": kinds[0], "values": {}, "packed": {}}
+    for field in fields(weight):
+        value = getattr(weight, field.name)
+        if not isinstance(value, Tensor):
+            site["values"][field.name] = value
+            continue
+        if field.name == "zero_point" and weight.symmetric:  # known from the bit width
+            continue
+        bits = _packed_bits(field.name, value, weight)
+        if bits:
+            site["packed"][field.name] = {"shape": list(value.shape), "bits": bits}
+            value = pack(value.to(torch.uint8), bits)
+        tensors[f"{name}.{field.name}"] = value.to(torch.int32) if value.dtype == torch.int64 else value
+    return site
+
+
+def _packed_bits(field: str, value: Tensor, weight: Any) -> int:
+    """Bits that an element of a field is packed to; 0 leaves the tensor as it is."""
+    if value.dtype == torch.bool:
+        return 1
+    return int(weight.bits) if field in ("codes", "zero_point") else 0
 
 
 def load_weights(path: Path) -> tuple[dict[str, WeightResult], dict[str, str]]:
@@ -87,21 +110,30 @@ def load_weights(path: Path) -> tuple[dict[str, WeightResult], dict[str, str]]:
         DamagedFileError: The file is truncated, altered or of another format.
     """
     tensors, metadata = _read(path, FORMAT)
-    out: dict[str, WeightResult] = {}
     try:
-        for name, site in json.loads(metadata.pop("sites")).items():
-            bits, scale = site["bits"], tensors[f"{name}.scale"]
-            if site["symmetric"]:
-                zero = torch.full_like(scale, 2 ** (bits - 1))
-            else:
-                zero = unpack(tensors[f"{name}.zero_point"], bits, tuple(scale.shape)).float()
-            codes = unpack(tensors[f"{name}.codes"], bits, tuple(site["shape"]))
-            group = tensors[f"{name}.group"].long()
-            weight = QuantizedWeight(codes, scale, zero, bits, site["symmetric"], group, site["trivial_groups"])
-            out[name] = WeightResult(weight, site["notes"])
-    except (KeyError, ValueError) as error:
+        sites = json.loads(metadata.pop("sites")).items()
+        return {name: WeightResult(_restore(name, site, tensors), site["notes"]) for name, site in sites}, metadata
+    except (KeyError, TypeError, ValueError) as error:
         raise DamagedFileError(f"{path}: the file does not hold what its header says ({error})") from error
-    return out, metadata
+
+
+def _restore(name: str, site: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    """A weight from its tensors and what the header says of it."""
+    cls = KINDS[site["kind"]]
+    values: dict[str, Any] = dict(site["values"])
+    for field in fields(cls):
+        key = f"{name}.{field.name}"
+        if field.name in site["packed"]:
+            how = site["packed"][field.name]
+            codes = unpack(tensors[key], how["bits"], tuple(how["shape"]))
+            values[field.name] = codes.float() if field.name == "zero_point" else codes
+        elif key in tensors:
+            values[field.name] = tensors[key].long() if tensors[key].dtype == torch.int32 else tensors[key]
+    if cls is BinaryWeight:
+        values |= {key: values[key].bool() for key in site["packed"]}
+    elif "zero_point" not in values:
+        values["zero_point"] = torch.full_like(values["scale"], 2 ** (values["bits"] - 1))
+    return cls(**values)
 
 
 def save_means(folder: Path, means: dict[str, PositionSums], metadata: dict[str, str]) -> None:
@@ -131,16 +163,23 @@ def load_means(folder: Path) -> dict[str, PositionSums]:
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file that carries a hash of its content, by way of a temporary name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.contiguous() for k, v in tensors.items()}
+    tensors = {k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}  # sites may share one
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
     try:
         temporary = folder / path.name
         save_file(tensors, str(temporary), {**metadata, "content": content_hash(tensors, metadata)})
+        temporary.chmod(0o666 & ~_umask())  # readable by those who share the folder, as any new file is
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.replace(path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask() -> int:
+    current = os.umask(0o022)
+    os.umask(current)
+    return current
 
 
 def _read(path: Path, expected: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -153,21 +153,19 @@ class BiasCompensation(nn.Module):
         """Shape and granularity, for printing a model."""
         return f"{self.granularity}, rows={self.bias.shape[0]}, channels={self.bias.shape[1]}, dtype={self.bias.dtype}"
 
-    def table(self) -> Tensor:
-        """Rows by position; the last row serves every later position. Shape (rows or rows + 1, channels)."""
-        if self.granularity != "positional" or len(self.bias) < 2:
-            return self.bias
-        beyond = self.bias[1:].float().mean(0, keepdim=True).to(self.bias.dtype)
-        return torch.cat([self.bias, beyond])
-
     def rows(self, tokens: int) -> Tensor:
         """Bias of each of the last ``tokens`` tokens, shape (1 or batch, tokens, channels)."""
         positions = self.context.positions if self.context is not None else None
         if positions is None:
             positions = torch.arange(tokens, device=self.bias.device)[None]
         positions = positions[:, -tokens:].to(self.bias.device)
-        table = self.table()
-        return table[positions.clamp(max=len(table) - 1)]
+        fitted = len(self.bias)
+        found = self.bias[positions.clamp(max=fitted - 1)]
+        late = positions >= fitted
+        if self.granularity == "positional" and fitted > 1 and bool(late.any()):
+            beyond = self.bias[1:].mean(0, dtype=torch.float32).to(self.bias.dtype)
+            found = torch.where(late[..., None], beyond, found)
+        return found
 
     def forward(self, output: Tensor) -> Tensor:
         """Add the bias.
@@ -259,6 +257,9 @@ def fold(module: nn.Module) -> bool:
 
     Returns:
         True if the bias was folded; False where the site or the granularity does not allow it.
+
+    Raises:
+        QuantizationError: The sum does not fit the module's dtype.
     """
     child = compensation_of(module)
     if child is None or len(child.bias) != 1 or not isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -266,7 +267,10 @@ def fold(module: nn.Module) -> bool:
     extra = child.bias[0].to(module.weight.device, torch.float32)
     own = module.bias
     total = extra if own is None else own.detach().float() + extra
-    module.bias = nn.Parameter(total.to(module.weight.dtype), requires_grad=False)
+    stored = total.to(module.weight.dtype)
+    if not bool(torch.isfinite(stored).all()):
+        raise QuantizationError(f"a folded bias of {total.abs().max():.3g} does not fit {stored.dtype}; use bfloat16")
+    module.bias = nn.Parameter(stored, requires_grad=False)
     detach(module)
     return True
 

@@ -57,15 +57,25 @@ def _cpu_model() -> str:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start a new peak-memory measurement where the device keeps one (CUDA)."""
+    """Start a new peak-memory measurement: of the device's allocator on CUDA, of this process on Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    elif (refs := Path("/proc/self/clear_refs")).exists():
+        refs.write_text("5", encoding="ascii")  # resets VmHWM; see proc(5)
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory in MiB: of the device's allocator on CUDA, of the whole process on the CPU."""
+    """Peak memory in MiB since the last reset: of the device's allocator on CUDA, of the process on the CPU.
+
+    Where the system cannot reset it (not Linux), the process's peak since its start.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 

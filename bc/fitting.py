@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,7 @@ class BlockFit:
         self.float_fit: Stream | None = None
         self.quantized_fit: Stream | None = None
         self.reports: dict[str, tuple[Stream, Stream | None]] = {}
+        self.seconds_measure = 0.0
 
     # Streams ----------------------------------------------------------------------------------------------------------
 
@@ -93,7 +95,9 @@ class BlockFit:
         for scope in scopes:
             advanced = scope == scopes[-1]
             self._region(prefix, scope, source, target, advance=advanced)
+        started = time.perf_counter()
         reports = self._measure(prefix, source, target)
+        self.seconds_measure += time.perf_counter() - started
         if self.float_fit is not None and not advanced:
             self.float_fit.advance(source)
         if self.quantized_fit is not None:
@@ -185,23 +189,25 @@ class BlockFit:
                 stream.cache[b] = self._measure_batch(name, stream, fed, b, source, target, {**layers, **parts})
             if fed is not None:
                 fed.advance(target)
+        for scope, report in parts.items():  # a part may end in a layer and share its bias: the layer accounts for it
+            exit_path = self.regions[scope].exit
+            self._finish(report, find(target, exit_path), shared=exit_path in layers and "layer" in self.settings.scope)
         for path, report in layers.items():
             self._finish(report, find(target, path))
-        for scope, report in parts.items():
-            exit_path = self.regions[scope].exit
-            shared = exit_path in layers and "layer" in self.settings.scope
-            self._finish(report, find(target, exit_path), shared=shared)
         return [*layers.values(), *parts.values()]
 
     def _finish(self, report: SiteReport, module: nn.Module, *, shared: bool = False) -> None:
+        """Note the site's bias in its report, and fold it where it folds."""
         child = compensation_of(module)
         if child is None:
             return
         report.granularity = child.granularity
+        if shared:
+            return
         bare = getattr(module, "bias", None) is None
         size = child.bias.numel()
         report.folded = fold(module)
-        report.bias_parameters = 0 if shared or (report.folded and not bare) else size
+        report.bias_parameters = 0 if report.folded and not bare else size
 
     def _measure_batch(
         self,

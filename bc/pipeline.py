@@ -80,7 +80,7 @@ def float_means(model: nn.Module, samples: Samples, engine: Engine = Engine()) -
         with on_device(engine.device, blocks[i]):
             found = block_means(blocks[i], family, stream)
         for path, sums in found.items():
-            sums.total, sums.count = sums.total.cpu(), sums.count.cpu()
+            sums.total, sums.count = sums.total.cpu().float().double(), sums.count.cpu()  # as a file stores them
             means[f"{family.blocks}.{i}.{path}"] = sums
     return means
 
@@ -169,9 +169,13 @@ def _calibrate_block(
             part = Part(block, family.region(opens), stream, paths)
             group.inputs, group.loss = part.inputs(), part.loss
         try:
-            found |= quantizer.quantize_group(group)
+            results = quantizer.quantize_group(group)
         except QuantizationError as error:
             raise QuantizationError(f"{name}: {error}") from error
+        for path, result in results.items():
+            if not bool(torch.isfinite(result.weight.dequantize()).all()):
+                raise QuantizationError(f"{prefix}.{path}: the quantized weight is not finite; its range is too wide")
+        found |= results
     return found
 
 
@@ -277,7 +281,8 @@ def compensate(
     fit.context.set(None, None)
     for site in reports:
         site.notes |= quantized[site.site].notes if site.site in quantized else {}
-    return Report(reports, weight_bits + _bias_bits(model, family), weights, sum(s.bias_parameters for s in reports))
+    bits, added = weight_bits + _bias_bits(model, family), sum(s.bias_parameters for s in reports)
+    return Report(reports, bits, weights, added, fit.seconds_measure)
 
 
 def _bias_bits(model: nn.Module, family: Family) -> int:

@@ -101,12 +101,14 @@ class Report:
             that compensation added.
         weights: Number of weights in the quantized modules.
         bias_parameters: Number of bias values added to the model.
+        seconds_measure: Time spent on measuring errors, which is no part of fitting.
     """
 
     sites: list[SiteReport]
     storage_bits: int
     weights: int
     bias_parameters: int
+    seconds_measure: float = 0.0
 
     @property
     def bits_per_weight(self) -> float:

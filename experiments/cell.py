@@ -172,7 +172,7 @@ def quantize(
             report_calibration=_first(calibration, cell.report.calibration_samples),
             report_held_out=_first(samples.selection, cell.report.held_out_samples),
         )
-    spent = watch.seconds["compensate"] + (means.seconds if means else 0.0)
+    spent = watch.seconds["compensate"] - report.seconds_measure + (means.seconds if means else 0.0)
     return report, {"seconds_quantize": weights.seconds, "seconds_bc": spent if cell.bc.enabled else 0.0}
 
 

@@ -241,6 +241,8 @@ def quantizer_options(name: Any, bits: Bits, options: dict[str, Any]) -> dict[st
         return {}
     if name not in quantizers.available():
         raise unknown("quantizer.name", name, [FLOAT, *quantizers.available()])
+    if bits.weight == 16 and bits.activation == 16:
+        raise UserError(f"bits: float does not go with quantizer={name}; set quantizer=none or bits=w4")
     return asdict(quantizers.create(name, bits, **options).options)
 
 
@@ -251,8 +253,6 @@ def check_combination(cell: CellConfig) -> None:
         raise UserError(f"bits: {cell.bits.label} does not go with quantizer=none, the float model; set bits=float")
     if cell.is_float and cell.bc.enabled:
         raise UserError("bc: there is nothing to compensate with quantizer=none, the float model; set bc=off")
-    if not cell.is_float and cell.bits.weight == 16:
-        raise UserError(f"bits: float weights do not go with quantizer={cell.quantizer}; set quantizer=none or bits=w4")
     if cell.report.held_out_samples > cell.data.selection.samples:
         raise UserError(
             f"report.held_out_samples: {cell.report.held_out_samples} is more than the "

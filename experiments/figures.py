@@ -53,6 +53,8 @@ def draw(title: str, lines: Sequence[Line]) -> Figure:
 
 def draw_panel(axes: Axes, lines: Sequence[Line], kinds: Sequence[str]) -> None:
     """One test text: bars of every setting and kind of BC."""
+    from matplotlib.ticker import LogFormatter
+
     bars = [line for line in lines if not line.cell.is_float]
     settings = list(dict.fromkeys(_setting(line) for line in bars))
     width = 0.8 / max(len(kinds), 1)
@@ -77,6 +79,8 @@ def draw_panel(axes: Axes, lines: Sequence[Line], kinds: Sequence[str]) -> None:
     values = [line.mean for line in lines if line.mean is not None]
     if max(values) > LOG_ABOVE * min(values):
         axes.set_yscale("log")
+        for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 1)))
     axes.set_xticks(range(len(settings)), settings)
     axes.set_ylabel("perplexity (lower is better)")
     axes.legend(fontsize=8)
@@ -98,13 +102,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    stem = options.results / "figures" / options.experiment
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    for ending in FORMATS:
-        # no date in the file: the same results give the same bytes
-        figure.savefig(stem.with_suffix(f".{ending}"), dpi=DPI, metadata={"Date": None} if ending == "svg" else None)
-        print(stem.with_suffix(f".{ending}"))
+    for path in save(figure, options.results / "figures" / options.experiment):
+        print(path)
     return 0
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Write a figure in all formats; the same figure gives the same bytes."""
+    from matplotlib import rc_context
+
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = [stem.with_suffix(f".{ending}") for ending in FORMATS]
+    with rc_context({"svg.hashsalt": stem.name}):
+        for path in paths:
+            figure.savefig(path, dpi=DPI, metadata={"Date": None} if path.suffix == ".svg" else None)
+    return paths
 
 
 if __name__ == "__main__":

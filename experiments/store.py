@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import socket
-import tempfile
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,10 +34,9 @@ class InvalidResultError(ValueError):
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file by way of a temporary name, flushed to the disk before it is renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        with os.fdopen(handle, "w", encoding="utf8") as stream:
+        with temporary.open("w", encoding="utf8") as stream:
             json.dump(value, stream, indent=1, sort_keys=True)
             stream.write("\n")
             stream.flush()

@@ -132,7 +132,7 @@ def load(
     if attention not in ATTENTIONS:
         raise unknown("model.attention", attention, ATTENTIONS)
     target, revision, gguf = locate(name, path)
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "trust_remote_code": False}
     if attention != "auto":
@@ -142,12 +142,17 @@ def load(
     else:
         options |= {"revision": revision, "use_safetensors": None}
     try:
+        if gguf is None:  # a family that is not known is refused before its weights are downloaded
+            config = AutoConfig.from_pretrained(target, revision=revision, trust_remote_code=False)
+            _family_by_type(config.model_type)
         model = AutoModelForCausalLM.from_pretrained(target, **options)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"model: {name!r} could not be read from {target!r} ({_first_line(error)}); "
             "set model.path to a local folder, or connect to the hub"
         ) from error
+    except UserError:
+        raise
     except ValueError as error:
         if "does not support an attention implementation" in str(error):
             raise UserError(

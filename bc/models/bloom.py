@@ -1,4 +1,8 @@
-"""BLOOM (arXiv 2211.05100): fused q, k, v; alibi instead of position embeddings."""
+"""BLOOM (arXiv 2211.05100): fused q, k, v; alibi instead of position embeddings.
+
+Its attention and MLP modules add the residual themselves, so on the quantized stream a bias at these scopes corrects
+the error of the residual too; on the float stream, where both models have the same residual, nothing differs.
+"""
 
 from bc.models.base import Family, Region, Source
 

@@ -139,7 +139,8 @@ def gptq(
         raise QuantizationError("the weight or the second moment of its inputs is not finite")
     rows, columns = w.shape
     dead = h.diagonal() == 0
-    h.diagonal()[dead] = 1
+    live = h.diagonal()[~dead]
+    h.diagonal()[dead] = live.mean() if len(live) else 1.0  # whatever the unit of H, the damping stays as it is
     w[:, dead] = 0
 
     order = (

@@ -45,7 +45,7 @@ def oracle(
     columns = w.shape[1]
     size = columns if group_size == -1 else group_size
     dead = np.diag(h) == 0
-    h[dead, dead] = 1
+    h[dead, dead] = np.diag(h)[~dead].mean()
     w[:, dead] = 0
     original = w.copy()
     order = list(np.argsort(-np.diag(h), kind="stable")) if act_order else list(range(columns))
@@ -128,6 +128,14 @@ def test_dead_columns(group_size, act_order):
     assert (found[:, dead] == 0).all()
     assert result.scale.max() < 10
     assert agree(found, oracle(weight, hessian, 4, group_size, act_order=act_order))
+
+
+def test_the_unit_of_h_does_not_matter_beside_dead_columns():
+    weight, hessian = problem(1, 16, 6)
+    hessian[2], hessian[:, 2] = 0, 0
+    plain, _ = gptq(weight, hessian, Grid(4))
+    scaled, _ = gptq(weight, hessian * 2.0**-20, Grid(4))
+    assert torch.equal(plain.codes, scaled.codes)
 
 
 def test_all_inputs_dead():

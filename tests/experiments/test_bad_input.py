@@ -34,7 +34,7 @@ MISTAKES = [
     (["seed=0,1"], "seed: 0,1 is several values", "-m"),
     (["quantizer=none"], "bits: w4 does not go with quantizer=none", "bits=float"),
     (["quantizer=none", "bits=float", "bc=sink"], "bc: there is nothing to compensate", "bc=off"),
-    (["bits=float"], "bits: float weights do not go with quantizer=gptq", "quantizer=none"),
+    (["bits=float"], "bits: float does not go with quantizer=gptq", "quantizer=none"),
     (["report.held_out_samples=5"], "report.held_out_samples: 5 is more than the 4", "lower"),
     (["data.evaluation.limit=0"], "data.evaluation.limit: 0 is not allowed", "1 or more"),
     (["data.evaluation.datasets=[wikitext]"], "'wikitext' is not known", "wikitext2"),
@@ -81,9 +81,9 @@ def test_a_mistake_in_a_sweep_is_told_once(workspace: Workspace, capsys: pytest.
 
 def test_a_bare_off_in_yaml_is_pointed_out() -> None:
     assert expand([{"bc": ["off", "sink"], "bits": "w3"}]) == [["bits=w3", "bc=off"], ["bits=w3", "bc=sink"]]
-    with pytest.raises(ValueError, match=r"experiment.cells\[0\].bc: False .*'off' in quotes"):
+    with pytest.raises(ValueError, match=r"experiment\.cells\[0\]\.bc: False .*'off' in quotes"):
         expand([{"bc": [False]}])
-    with pytest.raises(ValueError, match="experiment.cells: is empty"):
+    with pytest.raises(ValueError, match=r"experiment\.cells: is empty"):
         expand([])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,9 @@ CONF = Path(__file__).parents[2] / "conf"
 def _hydra() -> Iterator[None]:
     with hydra_ready():
         yield
+
+
+experiment = cache(load_experiment)
 
 
 def run(*overrides: str) -> RunConfig:
@@ -122,19 +126,22 @@ def test_conf_and_library_name_the_same_things() -> None:
 
 @pytest.mark.parametrize("name", experiment_names())
 def test_experiments_compose(name: str) -> None:
-    section, runs = load_experiment(name)
+    section, runs = experiment(name)
     hashes = [cell_hash(r.cell) for r in runs]
     assert len(hashes) == len(set(hashes))
     assert section.name == name
     assert section.suite in ("paper", "embedded")
 
 
-def test_cells_of_the_tables() -> None:
-    _, runs = load_experiment("table2")
+def test_cells_of_table2() -> None:
+    _, runs = experiment("table2")
     assert len(runs) == 3 * (1 + 6 + 3)
     assert {slug(r.cell).partition("-")[0] for r in runs} == {"opt_125m", "opt_350m", "bloom_560m"}
-    _, runs = load_experiment("table2_embedded", ["data.evaluation.limit=4", "seed=0,1"])
-    assert len({cell_hash(r.cell) for r in runs}) == 1 + 2 * 24
+
+
+def test_users_overrides_apply_to_every_cell() -> None:
+    _, runs = load_experiment("demo", ["data.evaluation.limit=4", "seed=0,1", "hydra/launcher=local"])
+    assert len({cell_hash(r.cell) for r in runs}) == 1 + 2 * 7
     assert all(r.cell.data.evaluation.limit == 4 for r in runs)
 
 

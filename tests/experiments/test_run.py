@@ -14,12 +14,12 @@ import pytest
 
 from bc.errors import QuantizationError
 from experiments import cell
-from experiments.run import main, tidy
+from experiments.run import tidy
 from tests.experiments.conftest import Workspace
 
 ROOT = Path(__file__).parents[2]
 SWEEP = ("-m", "quantizer=gptq", "bits=w3", "bc='off',sink,paper")
-RTN = ("quantizer=rtn", "bits=w3g16", "bc='off'")
+RTN = ("quantizer=rtn", "bits=w3", "bits.group_size=16", "bc='off'")
 
 # runs the command line in a process that dies, without warning, when it evaluates its second cell
 DYING = """
@@ -179,13 +179,11 @@ def test_on_error_raise_stops_the_sweep(workspace: Workspace, monkeypatch: pytes
     assert states(workspace) == ["failed"]
 
 
-def test_local_launcher_runs_cells_in_processes(workspace: Workspace) -> None:
+def test_local_launcher_runs_cells_in_processes(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    arguments = workspace.arguments("llama", "-m", "quantizer=rtn", "bits=w3,w4", "hydra/launcher=local")
-    assert main(arguments) == 0
-    assert states(workspace) == ["complete", "complete"]
-    broken = [a if not a.startswith("engine.device") else "engine.device=cuda:99" for a in arguments]
-    assert main([*broken, "seed=1"]) == 2
+    assert workspace.run("-m", "quantizer=rtn", "bits=w3,float", "hydra/launcher=local") == 2
+    assert states(workspace) == ["complete"]
+    assert "1 complete, 1 failed" in capsys.readouterr().out
 
 
 def test_nothing_is_written_outside_results(workspace: Workspace, tmp_path: Path) -> None:
