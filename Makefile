@@ -61,18 +61,15 @@ status: setup ## one line a cell of EXPERIMENT, and totals
 tables: setup ## rebuild results/cells.csv and EXPERIMENT's table
 	@$(RUN) -m experiments.tables $(EXPERIMENT) $(ARGS)
 
-reproduce-table2: setup ## run Table 2 (language models) and rebuild it
-	$(RUN) -m experiments.run +experiment=table2 $(LAUNCH) $(ARGS)
-	$(RUN) -m experiments.tables table2 $(ARGS)
-
 reproduce-table1: ## Table 1 (vision)
 	@echo 'error: Table 1 needs the vision part, which is not there yet'; exit 2
 
-reproduce-table3: ## Table 3 (group-wise, AWQ)
-	@echo 'error: Table 3 needs AWQ, which is not there yet'; exit 2
-
-reproduce-table4: ## Table 4 (binary, BiLLM)
-	@echo 'error: Table 4 needs BiLLM, which is not there yet'; exit 2
+reproduce-table2: ## run Table 2 (language models) and rebuild it
+reproduce-table3: ## run Table 3 (group sizes, AWQ) and rebuild it
+reproduce-table4: ## run Table 4 (binary weights, BiLLM) and rebuild it
+reproduce-table2 reproduce-table3 reproduce-table4: reproduce-%: setup
+	$(RUN) -m experiments.run +experiment=$* $(LAUNCH) $(ARGS)
+	$(RUN) -m experiments.tables $* $(filter-out seed=%,$(ARGS))
 
 clean: ## remove caches, logs and shared artefacts; results and the environment stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist results/artefacts results/logs

@@ -127,6 +127,10 @@ def calibrate(
     """
     family = family_of(model)
     _require_float(model)
+    if quantizer.kind != "weight":
+        raise UserError(
+            f"quantizer: {quantizer.name!r} is for vision models; a language model takes a weight quantizer"
+        )
     blocks = block_list(model, family)
     results: dict[str, WeightResult] = {}
     stream = None

@@ -241,6 +241,11 @@ def quantizer_options(name: Any, bits: Bits, options: dict[str, Any]) -> dict[st
         return {}
     if name not in quantizers.available():
         raise unknown("quantizer.name", name, [FLOAT, *quantizers.available()])
+    if quantizers.available()[name].kind == "weight_activation":
+        raise UserError(
+            f"quantizer: {name!r} quantizes the weights and activations of vision models, which cannot be run yet; "
+            f"choose one of {', '.join(quantizers.of_kind('weight'))}"
+        )
     if bits.weight == 16 and bits.activation == 16:
         raise UserError(f"bits: float does not go with quantizer={name}; set quantizer=none or bits=w4")
     return asdict(quantizers.create(name, bits, **options).options)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from bc.errors import UserError
 from experiments.identity import bc_label
+from experiments.published import method_name
 from experiments.tables import Line, stored_lines
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def draw_panel(axes: Axes, lines: Sequence[Line], kinds: Sequence[str]) -> None:
 
 
 def _setting(line: Line) -> str:
-    return f"{line.cell.quantizer.upper()} {line.cell.bits.label}"
+    return f"{method_name(line.cell.quantizer)} {line.cell.bits.label}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

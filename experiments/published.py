@@ -12,9 +12,16 @@ from experiments.config import CellConfig
 from experiments.identity import bc_label
 
 # how the paper's tables print what we call otherwise
-METHODS = {"none": ("FP16", "FP32"), "rtn": ("RTN",), "gptq": ("GPTQ",), "awq": ("AWQ",)}
+METHODS = {"none": ("FP16", "FP32"), "rtn": ("RTN",), "gptq": ("GPTQ",), "awq": ("AWQ",), "billm": ("BiLLM",)}
+BITS = {"billm": "2-order binary"}
+MODELS = {"huggyllama/llama-7b": "LLaMA-7B (checkpoint not named)"}
 METRICS = {"perplexity": "ppl", "top1": "top1"}
 WITH_BC = "+BC"
+
+
+def method_name(quantizer: str) -> str:
+    """A quantizer's name as the papers print it."""
+    return METHODS.get(quantizer, (quantizer,))[0]
 
 
 @dataclass(frozen=True)
@@ -53,10 +60,14 @@ class PublishedTable:
         label = bc_label(cell.bc)
         if source is None or label not in ("off", "paper"):
             return None
-        group = "" if cell.is_float else str(cell.bits.group_size)
+        grouped = not cell.is_float and cell.quantizer not in BITS
+        group, bits = str(cell.bits.group_size) if grouped else "", BITS.get(cell.quantizer, str(cell.bits.weight))
+        model = MODELS.get(source.repo, source.repo)
+        if model in MODELS.values():  # the paper's LLaMA rows agree with the new protocols, under the old names
+            dataset = dataset.removesuffix("_new")
         for method in METHODS.get(cell.quantizer, ()):
             name = method + (WITH_BC if label == "paper" else "")
-            key = (name, str(cell.bits.weight), group, source.repo, dataset, METRICS[metric])
+            key = (name, bits, group, model, dataset, METRICS[metric])
             if key in self._values:
                 return self._values[key]
         return None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from experiments.identity import bc_label, cell_hash, with_seed
+from experiments.published import method_name
 from experiments.records import write_text
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def _setting(line: Line) -> tuple[str, ...]:
     bits, biases = line.fact("bits_per_weight"), line.fact("bias_parameters")
     return (
         cell.model.name,
-        "float" if cell.is_float else cell.quantizer.upper(),
+        "float" if cell.is_float else method_name(cell.quantizer),
         cell.model.dtype if cell.is_float else cell.bits.label,
         bc_label(cell.bc),
         "—" if bits is None else f"{bits:.2f}",

@@ -16,7 +16,7 @@ from bc.errors import UserError, unknown
 from bc.quantizers.base import Quantizer
 from bc.settings import Bits, build_dataclass
 
-__all__ = ["Quantizer", "available", "create", "option_names"]
+__all__ = ["Quantizer", "available", "create", "of_kind", "option_names"]
 
 
 @cache
@@ -30,6 +30,11 @@ def available() -> dict[str, type[Quantizer]]:
             if defined and value.name:
                 found[value.name] = value
     return dict(sorted(found.items()))
+
+
+def of_kind(kind: str) -> list[str]:
+    """Names of the quantizers of a kind: ``weight`` or ``weight_activation``."""
+    return [name for name, cls in available().items() if cls.kind == kind]
 
 
 def create(name: str, bits: Bits, **options: Any) -> Quantizer:

@@ -34,6 +34,7 @@ MISTAKES = [
     (["seed=0,1"], "seed: 0,1 is several values", "-m"),
     (["quantizer=none"], "bits: w4 does not go with quantizer=none", "bits=float"),
     (["quantizer=none", "bits=float", "bc=sink"], "bc: there is nothing to compensate", "bc=off"),
+    (["quantizer=ptq4vit"], "quantizer: 'ptq4vit' quantizes the weights and activations of vision", "gptq"),
     (["bits=float"], "bits: float does not go with quantizer=gptq", "quantizer=none"),
     (["report.held_out_samples=5"], "report.held_out_samples: 5 is more than the 4", "lower"),
     (["data.evaluation.limit=0"], "data.evaluation.limit: 0 is not allowed", "1 or more"),
