@@ -1,0 +1,86 @@
+"""Pieces that the families' chains are made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from bc.errors import UserError
+from bc.vision.base import Site, Unit
+
+
+class View(nn.Module):
+    """A part of a model's forward as a module of its own.
+
+    It shares the model's modules and parameters under their own names, so that hooks, devices and edits act on both;
+    the model itself is referred to without being registered.
+    """
+
+    def __init__(self, model: nn.Module, parts: tuple[str, ...]) -> None:
+        super().__init__()
+        self.__dict__["model"] = model
+        for name in parts:
+            value = getattr(model, name, None)
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(name, value)
+            elif isinstance(value, nn.Module):
+                self.add_module(name, value)
+        self.training = model.training
+
+
+class VitStem(View):
+    """Images → tokens: patches, class token, position embedding, norm."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, ("patch_embed", "cls_token", "dist_token", "reg_token", "pos_embed", "norm_pre"))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """As the first lines of ``forward_features``."""
+        model: Any = self.model
+        return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+
+
+class Tail(View):
+    """Hidden state → logits: norm, pooling, head."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, ("norm", "fc_norm", "head", "head_dist"))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """As the last lines of ``forward``."""
+        model: Any = self.model
+        return model.forward_head(model.norm(hidden))
+
+
+def stem_sites(model: Any) -> tuple[Site, ...]:
+    """The patch embedding."""
+    return (Site("patch_embed.proj", model.patch_embed.proj, "conv", "patch_embed"),)
+
+
+def head_sites(model: nn.Module, names: tuple[str, ...]) -> tuple[Site, ...]:
+    """The heads that are Linears."""
+    found = [(name, model.get_submodule(name)) for name in names]
+    return tuple(Site(name, module, "linear", "head") for name, module in found if isinstance(module, nn.Linear))
+
+
+def block_unit(name: str, block: Any, stage: int | None = None) -> Unit:
+    """A transformer block: attention and MLP, each behind its own norm."""
+    attention, mlp = block.attn, block.mlp
+    if not hasattr(attention, "matmul_qk"):
+        raise UserError(f"model: the matmuls of {name} have no names; call bc.vision.wrap(model) first")
+    heads = attention.num_heads
+    sites = (
+        Site(f"{name}.attn.qkv", attention.qkv, "linear", "qkv", heads, layer_norm(block.norm1)),
+        Site(f"{name}.attn.matmul_qk", attention.matmul_qk, "matmul", "matmul_qk", heads),
+        Site(f"{name}.attn.matmul_av", attention.matmul_av, "matmul", "matmul_av", heads),
+        Site(f"{name}.attn.proj", attention.proj, "linear", "proj"),
+        Site(f"{name}.mlp.fc1", mlp.fc1, "linear", "fc1", norm=layer_norm(block.norm2)),
+        Site(f"{name}.mlp.fc2", mlp.fc2, "linear", "fc2"),
+    )
+    return Unit(name, block, "block", sites, f"{name}.attn", f"{name}.mlp", stage)
+
+
+def layer_norm(module: nn.Module) -> nn.LayerNorm | None:
+    """The module, if it is a LayerNorm with weight and bias."""
+    return module if isinstance(module, nn.LayerNorm) and module.weight is not None else None

@@ -1,0 +1,1 @@
+"""How the committed weights of the embedded vision models were made."""
