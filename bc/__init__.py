@@ -9,7 +9,7 @@ Three lines::
 Everything that is not named here is private to the package and may change.
 """
 
-from bc.api import perplexity, quantize
+from bc.api import open, perplexity, quantize, save
 from bc.compensation import BiasCompensation
 from bc.errors import QuantizationError, UserError
 from bc.models import load, load_tokenizer
@@ -20,6 +20,8 @@ __all__ = [
     "UserError",
     "load",
     "load_tokenizer",
+    "open",
     "perplexity",
     "quantize",
+    "save",
 ]

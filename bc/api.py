@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from bc import device as devices
 from bc import quantizers
 from bc.calibration import Samples
+from bc.checkpoint import open_model, save_model
 from bc.evaluation import evaluate_perplexity
 from bc.pipeline import Engine, calibrate, compensate
 from bc.report import Report
@@ -67,3 +69,13 @@ def perplexity(model: nn.Module, windows: Tensor, *, device: str = "auto", batch
         batch_size: Windows per forward.
     """
     return evaluate_perplexity(model, windows, Engine(devices.resolve(device), batch_size))
+
+
+def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:
+    """Save a quantized and compensated model; see :func:`bc.checkpoint.save_model`."""
+    return save_model(model, Path(folder), tokenizer)
+
+
+def open(folder: str | Path) -> nn.Module:
+    """Read a model that :func:`save` wrote; see :func:`bc.checkpoint.open_model`."""
+    return open_model(Path(folder))

@@ -1,59 +1,37 @@
-"""Files of quantized weights and statistics: safetensors, codes packed to their bit width, written atomically."""
+"""Quantized weights, statistics and whole models on disk."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-import tempfile
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from bc.compensation import PositionSums
-from bc.grid import QuantizedWeight
-from bc.quantizers.awq import ScaledWeight
+from bc.compensation import BiasCompensation, PositionSums, attach
+from bc.errors import UserError
+from bc.models import submodule
+from bc.positions import PositionContext
 from bc.quantizers.base import WeightResult
-from bc.quantizers.billm import BinaryWeight
+from bc.storage import DamagedFileError, pack, read, restore_weight, store_weight, unpack, write
+
+__all__ = [
+    "DamagedFileError",
+    "load_means",
+    "load_weights",
+    "open_model",
+    "pack",
+    "save_means",
+    "save_model",
+    "save_weights",
+    "unpack",
+]
 
 FORMAT = "bias-compensation-weights-1"
-
-
-class DamagedFileError(ValueError):
-    """A file of ours is truncated, altered or not what it should be; the message names it."""
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes into bytes, ``bits`` bits each, most significant bit first.
-
-    Args:
-        codes: uint8, any shape, values below 2^bits.
-        bits: 1 to 8.
-
-    Returns:
-        uint8, shape (ceil(codes · bits / 8),).
-    """
-    flat = codes.reshape(-1).cpu().numpy()
-    planes = np.unpackbits(flat[:, None], axis=1)[:, 8 - bits :]
-    return torch.from_numpy(np.packbits(planes.reshape(-1)))
-
-
-def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
-    """Inverse of :func:`pack`: uint8 codes of the given shape."""
-    count = int(np.prod(shape))
-    planes = np.unpackbits(packed.cpu().numpy(), count=count * bits).reshape(count, bits)
-    padded = np.concatenate([np.zeros((count, 8 - bits), np.uint8), planes], axis=1)
-    return torch.from_numpy(np.packbits(padded, axis=1).reshape(shape).copy())
-
-
-KINDS: dict[str, type] = {"affine": QuantizedWeight, "scaled": ScaledWeight, "binary": BinaryWeight}
+MODEL_FORMAT = "bias-compensation-model-1"
+MODEL_FILE = "quantized.safetensors"
+STATE = "state/"  # before the names of tensors that are stored as they are
 
 
 def save_weights(path: Path, weights: dict[str, WeightResult], metadata: dict[str, str]) -> None:
@@ -68,39 +46,17 @@ def save_weights(path: Path, weights: dict[str, WeightResult], metadata: dict[st
         TypeError: A weight of a kind that has no file format.
     """
     tensors: dict[str, Tensor] = {}
-    sites: dict[str, Any] = {}
-    for name, result in weights.items():
-        sites[name] = _store(name, result.weight, tensors) | {"notes": result.notes}
+    sites = _store_all(weights, tensors)
     header = {"format": FORMAT, "sites": json.dumps(sites), **metadata}
-    _write(path, tensors, header)
+    write(path, tensors, header)
 
 
-def _store(name: str, weight: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Put a weight's tensors, packed, beside the others; returns what the header has to say of it."""
-    kinds = [kind for kind, cls in KINDS.items() if type(weight) is cls]
-    if not kinds:
-        raise TypeError(f"{name}: a {type(weight).__name__} cannot be saved")
-    site: dict[str, Any] = {"kind": kinds[0], "values": {}, "packed": {}}
-    for field in fields(weight):
-        value = getattr(weight, field.name)
-        if not isinstance(value, Tensor):
-            site["values"][field.name] = value
-            continue
-        if field.name == "zero_point" and weight.symmetric:  # known from the bit width
-            continue
-        bits = _packed_bits(field.name, value, weight)
-        if bits:
-            site["packed"][field.name] = {"shape": list(value.shape), "bits": bits}
-            value = pack(value.to(torch.uint8), bits)
-        tensors[f"{name}.{field.name}"] = value.to(torch.int32) if value.dtype == torch.int64 else value
-    return site
+def _store_all(weights: dict[str, WeightResult], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    return {name: store_weight(name, r.weight, tensors) | {"notes": r.notes} for name, r in weights.items()}
 
 
-def _packed_bits(field: str, value: Tensor, weight: Any) -> int:
-    """Bits that an element of a field is packed to; 0 leaves the tensor as it is."""
-    if value.dtype == torch.bool:
-        return 1
-    return int(weight.bits) if field in ("codes", "zero_point") else 0
+def _restore_all(sites: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, WeightResult]:
+    return {name: WeightResult(restore_weight(name, site, tensors), site["notes"]) for name, site in sites.items()}
 
 
 def load_weights(path: Path) -> tuple[dict[str, WeightResult], dict[str, str]]:
@@ -109,38 +65,21 @@ def load_weights(path: Path) -> tuple[dict[str, WeightResult], dict[str, str]]:
     Raises:
         DamagedFileError: The file is truncated, altered or of another format.
     """
-    tensors, metadata = _read(path, FORMAT)
+    tensors, metadata = read(path, FORMAT)
     try:
         sites = json.loads(metadata.pop("sites")).items()
-        return {name: WeightResult(_restore(name, site, tensors), site["notes"]) for name, site in sites}, metadata
+        return {
+            name: WeightResult(restore_weight(name, site, tensors), site["notes"]) for name, site in sites
+        }, metadata
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedFileError(f"{path}: the file does not hold what its header says ({error})") from error
-
-
-def _restore(name: str, site: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
-    """A weight from its tensors and what the header says of it."""
-    cls = KINDS[site["kind"]]
-    values: dict[str, Any] = dict(site["values"])
-    for field in fields(cls):
-        key = f"{name}.{field.name}"
-        if field.name in site["packed"]:
-            how = site["packed"][field.name]
-            codes = unpack(tensors[key], how["bits"], tuple(how["shape"]))
-            values[field.name] = codes.float() if field.name == "zero_point" else codes
-        elif key in tensors:
-            values[field.name] = tensors[key].long() if tensors[key].dtype == torch.int32 else tensors[key]
-    if cls is BinaryWeight:
-        values |= {key: values[key].bool() for key in site["packed"]}
-    elif "zero_point" not in values:
-        values["zero_point"] = torch.full_like(values["scale"], 2 ** (values["bits"] - 1))
-    return cls(**values)
 
 
 def save_means(folder: Path, means: dict[str, PositionSums], metadata: dict[str, str]) -> None:
     """Write sums of inputs by position to ``means.safetensors`` in a folder; complete or not at all."""
     tensors = {f"{name}.total": sums.total.float() for name, sums in means.items()}
     tensors |= {f"{name}.count": sums.count.float() for name, sums in means.items()}
-    _write(folder / "means.safetensors", tensors, {"format": "bias-compensation-means-1", **metadata})
+    write(folder / "means.safetensors", tensors, {"format": "bias-compensation-means-1", **metadata})
 
 
 def load_means(folder: Path) -> dict[str, PositionSums]:
@@ -149,7 +88,7 @@ def load_means(folder: Path) -> dict[str, PositionSums]:
     Raises:
         DamagedFileError: The file is truncated, altered or of another format.
     """
-    tensors, _ = _read(folder / "means.safetensors", "bias-compensation-means-1")
+    tensors, _ = read(folder / "means.safetensors", "bias-compensation-means-1")
     out = {}
     for key in tensors:
         name, _, part = key.rpartition(".")
@@ -160,49 +99,107 @@ def load_means(folder: Path) -> dict[str, PositionSums]:
     return out
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file that carries a hash of its content, by way of a temporary name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}  # sites may share one
-    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+def save_model(model: nn.Module, folder: Path, tokenizer: Any = None, provenance: dict[str, Any] | None = None) -> Path:
+    """Write a quantized and compensated language model to a folder.
+
+    Args:
+        model: A model that :func:`bc.quantize` or :func:`bc.pipeline.compensate` has changed.
+        folder: Where to; made if need be. It gets ``config.json``, ``quantized.safetensors`` and the tokenizer's files.
+        tokenizer: The model's tokenizer, to be saved beside it.
+        provenance: Facts to keep in the file's header.
+
+    Returns:
+        The weights' file.
+
+    Raises:
+        UserError: The model is not quantized, or an error left it half done.
+    """
+    weights = model.__dict__.get("_quantized")
+    if not isinstance(weights, dict):
+        raise UserError("model: it is not quantized; call bc.quantize first")
+    config: Any = model.config
+    tensors: dict[str, Tensor] = {}
+    sites = _store_all(weights, tensors)
+    compensated = {n: m.granularity for n, m in model.named_modules() if isinstance(m, BiasCompensation)}
+    quantized = {f"{name}.weight" for name in weights}
+    seen: set[int] = set()
+    for name, value in model.state_dict().items():
+        if name in quantized or value.data_ptr() in seen:  # tied weights are stored once
+            continue
+        seen.add(value.data_ptr())
+        tensors[f"{STATE}{name}"] = value.cpu()
+    header = {
+        "format": MODEL_FORMAT,
+        "sites": json.dumps(sites),
+        "compensation": json.dumps(compensated),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "attention": config._attn_implementation,  # equal outputs, bit by bit, need the same one
+        "provenance": json.dumps(provenance or {}),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    write(folder / MODEL_FILE, tensors, header)
+    return folder / MODEL_FILE
+
+
+def open_model(folder: Path) -> nn.Module:
+    """Read what :func:`save_model` wrote: a model on the CPU whose outputs are equal to the saved one's, bit by bit.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        UserError: The folder holds no such model.
+        DamagedFileError: The file is truncated or altered.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = Path(folder).expanduser() / MODEL_FILE
+    if not path.is_file():
+        raise UserError(f"checkpoint: no {MODEL_FILE} in {str(folder)!r}; give a folder written by bc.save")
+    tensors, header = read(path, MODEL_FORMAT)
+    config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
+    options: dict[str, Any] = {"dtype": getattr(torch, header["dtype"]), "attn_implementation": header["attention"]}
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
     try:
-        temporary = folder / path.name
-        save_file(tensors, str(temporary), {**metadata, "content": content_hash(tensors, metadata)})
-        temporary.chmod(0o666 & ~_umask())  # readable by those who share the folder, as any new file is
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _fill(model, tensors, json.loads(header["sites"]), json.loads(header["compensation"]))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise DamagedFileError(f"{path}: the file does not fit its config.json ({error})") from error
+    return model.eval().requires_grad_(False)
 
 
-def _umask() -> int:
-    current = os.umask(0o022)
-    os.umask(current)
-    return current
+def _fill(model: nn.Module, tensors: dict[str, Tensor], sites: dict[str, Any], compensated: dict[str, str]) -> None:
+    """Give a new model the stored weights and biases."""
+    context = PositionContext.of(model)
+    rest = {key.removeprefix(STATE): value for key, value in tensors.items() if key.startswith(STATE)}
+    for name, granularity in compensated.items():
+        bias = rest.pop(f"{name}.bias")
+        attach(_module(model, name.rpartition(".")[0]), bias, granularity, context, bias.dtype)
+    for key in [k for k in rest if k.endswith(".bias") and _bare(model, k)]:  # a folded bias where there was none
+        _module(model, key.removesuffix(".bias")).bias = nn.Parameter(rest[key], requires_grad=False)
+    results = _restore_all(sites, tensors)
+    for name, result in results.items():
+        own = _module(model, name).weight
+        assert isinstance(own, Tensor)
+        rest[f"{name}.weight"] = result.weight.dequantize().to(own.dtype)
+    missing, unexpected = model.load_state_dict(rest, strict=False)
+    tied = {key for key in missing if key.endswith("lm_head.weight") and model.config.tie_word_embeddings}  # type: ignore[union-attr]
+    absent = [k for k in missing if k not in tied and not k.endswith(".compensation.bias")]
+    if absent or unexpected:
+        raise ValueError(f"missing {absent[:3]}, unexpected {unexpected[:3]}")
+    model.tie_weights()  # type: ignore[operator]
+    model.__dict__["_quantized"] = results
 
 
-def _read(path: Path, expected: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise DamagedFileError(f"{path}: cannot be read as safetensors ({error})") from error
-    if metadata.get("format") != expected:
-        raise DamagedFileError(f"{path}: is not a {expected} file")
-    wanted = metadata.pop("content", "")
-    found = content_hash(tensors, metadata)
-    if found != wanted:
-        raise DamagedFileError(f"{path}: the content's SHA-256 is {found[:16]}…, the header says {wanted[:16]}…")
-    return tensors, metadata
+def _module(model: nn.Module, name: str) -> nn.Module:
+    module = submodule(model, name)
+    if module is None:
+        raise KeyError(name)
+    return module
 
 
-def content_hash(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    """SHA-256 over metadata and over names, shapes, types and bytes of tensors, in order of name."""
-    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-    for name in sorted(tensors):
-        value = tensors[name].contiguous()
-        digest.update(f"{name}|{tuple(value.shape)}|{value.dtype}|".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def _bare(model: nn.Module, key: str) -> bool:
+    owner = submodule(model, key.removesuffix(".bias"))
+    return isinstance(owner, nn.Linear) and owner.bias is None

@@ -282,6 +282,7 @@ def compensate(
         blocks[i] = target
     if "model" in settings.scope:
         reports.append(fit_model_scope(fit, engine.device))
+    model.__dict__["_quantized"] = quantized
     fit.context.set(None, None)
     for site in reports:
         site.notes |= quantized[site.site].notes if site.site in quantized else {}

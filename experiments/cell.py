@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from bc import device as devices
 from bc import models, pipeline, quantizers
+from bc.checkpoint import save_model
 from bc.errors import UserError
 from bc.evaluation import evaluate_perplexity
 from bc.report import Report
@@ -56,13 +58,16 @@ def run_cell(run: RunConfig) -> Outcome:
     """Run a cell unless it is complete or another process is at it; failures are recorded, not raised."""
     name = slug(run.cell)
     store = CellStore(run.results, name, cell_hash(run.cell))
-    if done := store.result():
+    keep = run.save_model and not run.cell.is_float and not checkpoint_folder(run).is_dir()
+    if (done := store.result()) and not keep:
         return Outcome("skipped", name, f"{name}: complete already, {metrics_line(done)}")
     with store.lock() as free:
         if not free:
             host = (store.status() or {}).get("host", "another host")
             return Outcome("busy", name, f"{name}: is being run on {host}; passed over")
-        if done := store.result():  # finished while we waited for the lock
+        if done := store.result():  # finished while we waited for the lock, or only its checkpoint is wanted
+            if keep:
+                keep_checkpoint(run)
             return Outcome("skipped", name, f"{name}: complete already, {metrics_line(done)}")
         return _run_locked(run, store)
 
@@ -110,6 +115,8 @@ def compute(run: RunConfig, mirror: Mirror) -> tuple[dict[str, Any], list[dict[s
     report, facts = _float_report(model), {"seconds_quantize": 0.0, "seconds_bc": 0.0}
     if not cell.is_float:
         report, facts = quantize(run, model, samples, engine, watch)
+        if run.save_model:
+            write_checkpoint(run, model)
     metrics = []
     for dataset, windows in samples.test.items():
         with watch.stage("evaluate"):
@@ -174,6 +181,26 @@ def quantize(
         )
     spent = watch.seconds["compensate"] - report.seconds_measure + (means.seconds if means else 0.0)
     return report, {"seconds_quantize": weights.seconds, "seconds_bc": spent if cell.bc.enabled else 0.0}
+
+
+def checkpoint_folder(run: RunConfig) -> Path:
+    """Where a cell's quantized model is kept."""
+    return run.results / "checkpoints" / slug(run.cell)
+
+
+def write_checkpoint(run: RunConfig, model: Any) -> None:
+    """Keep a quantized model with its tokenizer."""
+    tokenizer = models.load_tokenizer(run.cell.model.name, path=run.cell.model.path)
+    path = save_model(model, checkpoint_folder(run), tokenizer, {"config": scientific(run.cell)})
+    log.info("  checkpoint: %s", path.parent)
+
+
+def keep_checkpoint(run: RunConfig) -> None:
+    """Make the checkpoint of a cell that is complete; its result stays as it is."""
+    cell, engine = run.cell, make_engine(run.engine)
+    model = models.load(cell.model.name, path=cell.model.path, dtype=cell.model.dtype, attention=cell.model.attention)
+    quantize(run, model, load_samples(cell), engine, Stopwatch())
+    write_checkpoint(run, model)
 
 
 def _first(windows: Tensor | None, count: int) -> Tensor | None:

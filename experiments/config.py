@@ -151,6 +151,7 @@ class RunConfig:
     experiment: str
     results: Path
     on_error: str
+    save_model: bool = False
 
 
 def require(where: str, value: int, low: int) -> None:
@@ -169,12 +170,14 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
         UserError: One line that names the key, its value and what is allowed.
     """
     known = {"model", "quantizer", "bits", "bc", "data", "report", "engine", "logger"}
-    known |= {"experiment", "seed", "cell", "on_error", "results_dir", "cells_at_once"}
+    known |= {"experiment", "seed", "cell", "on_error", "results_dir", "cells_at_once", "save_model"}
     for key in values:
         if key not in known:
             raise unknown("setting", key, known)
     if values["on_error"] not in ("continue", "raise"):
         raise unknown("on_error", values["on_error"], ("continue", "raise"))
+    if not isinstance(values["save_model"], bool):
+        raise UserError(f"save_model: {values['save_model']!r} is not allowed; use true or false")
     if not isinstance(values["results_dir"], str):
         raise UserError(f"results_dir: {values['results_dir']!r} is not a folder name; set results_dir=results")
     logger = dict(section(values, "logger"))
@@ -185,6 +188,7 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
         logger=build_dataclass(LoggerConfig, logger, "logger"),
         experiment=str(section(values, "experiment").get("name", "adhoc")),
         results=Path(values["results_dir"]),
+        save_model=values["save_model"],
         on_error=values["on_error"],
     )
 

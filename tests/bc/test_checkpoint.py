@@ -106,7 +106,7 @@ def test_a_failure_while_writing_keeps_the_old_file(tmp_path, monkeypatch):
     def fails(*args, **kwargs):
         raise OSError("no space left")
 
-    monkeypatch.setattr("bc.checkpoint.os.fsync", fails)
+    monkeypatch.setattr("bc.storage.os.fsync", fails)
     with pytest.raises(OSError, match="no space"):
         save_weights(path, results, {"version": "new"})
     assert path.read_bytes() == before

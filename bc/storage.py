@@ -1,0 +1,163 @@
+"""Files of ours: safetensors with a hash of their content, codes packed to their bit width, written atomically."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bc.grid import QuantizedWeight, group_index
+from bc.quantizers.awq import ScaledWeight
+from bc.quantizers.billm import BinaryWeight
+
+
+class DamagedFileError(ValueError):
+    """A file of ours is truncated, altered or not what it should be; the message names it."""
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes into bytes, ``bits`` bits each, most significant bit first.
+
+    Args:
+        codes: uint8, any shape, values below 2^bits.
+        bits: 1 to 8.
+
+    Returns:
+        uint8, shape (ceil(codes · bits / 8),).
+    """
+    flat = codes.reshape(-1).cpu().numpy()
+    planes = np.unpackbits(flat[:, None], axis=1)[:, 8 - bits :]
+    return torch.from_numpy(np.packbits(planes.reshape(-1)))
+
+
+def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
+    """Inverse of :func:`pack`: uint8 codes of the given shape."""
+    count = int(np.prod(shape))
+    planes = np.unpackbits(packed.cpu().numpy(), count=count * bits).reshape(count, bits)
+    padded = np.concatenate([np.zeros((count, 8 - bits), np.uint8), planes], axis=1)
+    return torch.from_numpy(np.packbits(padded, axis=1).reshape(shape).copy())
+
+
+KINDS: dict[str, type] = {"affine": QuantizedWeight, "scaled": ScaledWeight, "binary": BinaryWeight}
+
+
+def store_weight(name: str, weight: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Put a weight's tensors, packed, beside the others; returns what the header has to say of it."""
+    kinds = [kind for kind, cls in KINDS.items() if type(weight) is cls]
+    if not kinds:
+        raise TypeError(f"{name}: a {type(weight).__name__} cannot be saved")
+    site: dict[str, Any] = {"kind": kinds[0], "values": {}, "packed": {}}
+    for field in fields(weight):
+        value = getattr(weight, field.name)
+        if not isinstance(value, Tensor):
+            site["values"][field.name] = value
+            continue
+        if field.name == "zero_point" and weight.symmetric:  # known from the bit width
+            continue
+        if field.name == "group" and (size := _run_length(value)):  # known from the group size
+            site["columns"], site["group_size"] = len(value), size
+            continue
+        bits = _packed_bits(field.name, value, weight)
+        if bits:
+            site["packed"][field.name] = {"shape": list(value.shape), "bits": bits}
+            value = pack(value.to(torch.uint8), bits)
+        tensors[f"{name}.{field.name}"] = value.to(torch.int32) if value.dtype == torch.int64 else value
+    return site
+
+
+def _run_length(group: Tensor) -> int:
+    """Group size where the groups are runs of equal length in column order (the last may be shorter), else 0."""
+    size = int((group == 0).sum())
+    return size if size and torch.equal(group, group_index(len(group), size, group.device)) else 0
+
+
+def _packed_bits(field: str, value: Tensor, weight: Any) -> int:
+    """Bits that an element of a field is packed to; 0 leaves the tensor as it is."""
+    if value.dtype == torch.bool:
+        return 1
+    return int(weight.bits) if field in ("codes", "zero_point") else 0
+
+
+def restore_weight(name: str, site: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    """A weight from its tensors and what the header says of it."""
+    cls = KINDS[site["kind"]]
+    values: dict[str, Any] = dict(site["values"])
+    for field in fields(cls):
+        key = f"{name}.{field.name}"
+        if field.name in site["packed"]:
+            how = site["packed"][field.name]
+            codes = unpack(tensors[key], how["bits"], tuple(how["shape"]))
+            values[field.name] = codes.float() if field.name == "zero_point" else codes
+        elif key in tensors:
+            values[field.name] = tensors[key].long() if tensors[key].dtype == torch.int32 else tensors[key]
+    if "group_size" in site:
+        values["group"] = group_index(site["columns"], site["group_size"])
+    if cls is BinaryWeight:
+        values |= {key: values[key].bool() for key in site["packed"]}
+    elif "zero_point" not in values:
+        values["zero_point"] = torch.full_like(values["scale"], 2 ** (values["bits"] - 1))
+    return cls(**values)
+
+
+def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file that carries a hash of its content, by way of a temporary name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}  # sites may share one
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    try:
+        temporary = folder / path.name
+        save_file(tensors, str(temporary), {**metadata, "content": content_hash(tensors, metadata)})
+        temporary.chmod(0o666 & ~_umask())  # readable by those who share the folder, as any new file is
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask() -> int:
+    current = os.umask(0o022)
+    os.umask(current)
+    return current
+
+
+def read(path: Path, expected: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file that :func:`write` made.
+
+    Raises:
+        DamagedFileError: It is not of the expected format, cannot be read, or its content has another hash.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise DamagedFileError(f"{path}: cannot be read as safetensors ({error})") from error
+    if metadata.get("format") != expected:
+        raise DamagedFileError(f"{path}: is not a {expected} file")
+    wanted = metadata.pop("content", "")
+    found = content_hash(tensors, metadata)
+    if found != wanted:
+        raise DamagedFileError(f"{path}: the content's SHA-256 is {found[:16]}…, the header says {wanted[:16]}…")
+    return tensors, metadata
+
+
+def content_hash(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """SHA-256 over metadata and over names, shapes, types and bytes of tensors, in order of name."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        value = tensors[name].contiguous()
+        digest.update(f"{name}|{tuple(value.shape)}|{value.dtype}|".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,101 @@
+"""Generate text from a checkpoint: ``python -m experiments.generate checkpoint=FOLDER prompt="Once upon a time"``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bc import device as devices
+from bc.checkpoint import DamagedFileError, open_model
+from bc.errors import UserError
+from bc.settings import build_dataclass
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Settings of the command.
+
+    Attributes:
+        checkpoint: Folder that ``bc.save`` or ``save_model=true`` wrote, with a tokenizer.
+        prompt: What the model is to go on from.
+        tokens: Most new tokens.
+        temperature: 0 takes the most probable token; above 0 samples.
+        seed: Of the sampling.
+        device: auto, cpu, cuda or cuda:N.
+    """
+
+    checkpoint: str
+    prompt: str
+    tokens: int = 64
+    temperature: float = 0.0
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise UserError(f"tokens: {self.tokens} is not allowed; use 1 or more")
+        if self.temperature < 0:
+            raise UserError(f"temperature: {self.temperature} is not allowed; use 0 or more")
+        if not self.prompt:
+            raise UserError("prompt: is empty; give some text")
+
+
+@torch.no_grad()
+def generate(config: GenerateConfig) -> str:
+    """The prompt and what the model made of it.
+
+    Raises:
+        UserError: The folder holds no checkpoint or no tokenizer.
+        DamagedFileError: The checkpoint is damaged.
+    """
+    from transformers import AutoTokenizer
+
+    device = devices.resolve(config.device)
+    model: Any = open_model(Path(config.checkpoint)).to(device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.checkpoint, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"checkpoint: no tokenizer in {config.checkpoint!r}; save it with bc.save(model, folder, tokenizer)"
+        ) from error
+    inputs = tokenizer(config.prompt, return_tensors="pt").to(device)
+    torch.manual_seed(config.seed)
+    how: dict[str, Any] = {"do_sample": False}
+    if config.temperature > 0:
+        how = {"do_sample": True, "temperature": config.temperature}
+    ids = model.generate(
+        inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=config.tokens,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **how,
+    )
+    return str(tokenizer.decode(ids[0], skip_special_tokens=True))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0, or 2 for a mistake in the input."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if not all("=" in a for a in given):
+            raise UserError("generate: arguments are key=value; write checkpoint=FOLDER prompt='TEXT'")
+        values = OmegaConf.to_container(OmegaConf.from_dotlist([a for a in given if not a.startswith("prompt=")]))
+        assert isinstance(values, dict)
+        prompt = [a.partition("=")[2] for a in given if a.startswith("prompt=")]
+        settings: dict[str, Any] = {str(k): v for k, v in values.items()} | ({"prompt": prompt[-1]} if prompt else {})
+        print(generate(build_dataclass(GenerateConfig, settings, "generate")))
+    except (UserError, DamagedFileError, OmegaConfBaseException) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

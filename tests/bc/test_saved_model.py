@@ -1,0 +1,103 @@
+"""A saved model computes what the model did that was saved."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import bc
+from bc.checkpoint import MODEL_FILE, MODEL_FORMAT, DamagedFileError
+from bc.compensation import BiasCompensation
+from bc.settings import Compensation
+from bc.storage import read
+from tests.conftest import MAKERS, tiny_model
+
+SETTINGS = [
+    ("rtn", "w4", "off"),
+    ("gptq", "w3g10", "channel"),
+    ("gptq", "w2", "sink"),
+    ("rtn", "w3", "paper"),
+    ("awq", "w4g16", "positional"),
+    ("billm", "w1", "sink"),
+    ("rtn", "w5", Compensation(("layer", "attention", "mlp", "block", "model"), "sink", "quantized")),
+]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize(("quantizer", "bits", "preset"), SETTINGS)
+def test_outputs_are_equal_bit_by_bit(name, quantizer, bits, preset, token_ids, tmp_path):
+    model = tiny_model(name)
+    bc.quantize(model, quantizer, bits, preset, calibration=token_ids)
+    path = bc.save(model, tmp_path / "saved")
+    again = bc.open(tmp_path / "saved")
+    longer = torch.cat([token_ids, token_ids], 1)  # positions beyond those that were fitted
+    for ids in (token_ids, longer):
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert [type(m) for m in again.modules()].count(BiasCompensation) == [type(m) for m in model.modules()].count(
+        BiasCompensation
+    )
+    assert path.parent.joinpath("config.json").is_file()
+
+
+def test_a_saved_model_can_be_saved_again(token_ids, tmp_path):
+    model = tiny_model("llama")
+    bc.quantize(model, "rtn", "w4", "sink", calibration=token_ids)
+    first = read(bc.save(model, tmp_path / "a"), MODEL_FORMAT)
+    second = read(bc.save(bc.open(tmp_path / "a"), tmp_path / "b"), MODEL_FORMAT)
+    assert first[1] == second[1]
+    assert first[0].keys() == second[0].keys()
+    assert all(torch.equal(first[0][key], second[0][key]) for key in first[0])
+
+
+@pytest.mark.parametrize(("quantizer", "bits", "preset"), [("rtn", "w3g64", "sink"), ("gptq", "w4", "channel")])
+def test_the_file_is_as_large_as_the_bits_per_weight_say(quantizer, bits, preset, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=4, max_position_embeddings=64)
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(0, 64, (4, 16))
+    report = bc.quantize(model, quantizer, bits, preset, calibration=ids)
+    path = bc.save(model, tmp_path)
+    with path.open("rb") as stream:
+        header = int.from_bytes(stream.read(8), "little")
+    parts = json.loads(path.read_bytes()[8 : 8 + header])
+    plain = [v for k, v in parts.items() if k.startswith("state/") and "bias" not in k]
+    others = sum(v["data_offsets"][1] - v["data_offsets"][0] for v in plain)  # embeddings, norms, head
+    size = path.stat().st_size - 8 - header - others
+    assert size * 8 == pytest.approx(report.storage_bits, rel=0.02)
+
+
+def test_a_float_model_is_refused(tmp_path):
+    with pytest.raises(bc.UserError, match="not quantized"):
+        bc.save(tiny_model("opt"), tmp_path)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(bc.UserError, match=r"no quantized\.safetensors"):
+        bc.open(tmp_path)
+
+
+@pytest.mark.parametrize("harm", ["truncated", "altered"])
+def test_a_damaged_file_is_refused_by_name(harm, token_ids, tmp_path):
+    model = tiny_model("opt")
+    bc.quantize(model, "rtn", "w4", "channel", calibration=token_ids)
+    path = bc.save(model, tmp_path)
+    data = bytearray(path.read_bytes())
+    if harm == "altered":
+        data[-5] ^= 1
+    path.write_bytes(data[:-7] if harm == "truncated" else data)
+    with pytest.raises(DamagedFileError, match=MODEL_FILE):
+        bc.open(tmp_path)
+
+
+@pytest.mark.parametrize("preset", ["channel", "sink", "paper"])
+def test_a_saved_model_generates_as_the_model_did(preset, token_ids, tmp_path):
+    model = tiny_model("llama")
+    bc.quantize(model, "rtn", "w4", preset, calibration=token_ids)
+    bc.save(model, tmp_path)
+    options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(token_ids[:2])}
+    expected = model.generate(token_ids[:2], **options)
+    assert torch.equal(bc.open(tmp_path).generate(token_ids[:2], **options), expected)

@@ -1,0 +1,57 @@
+"""From a cell to its checkpoint to text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from experiments.generate import main
+from tests.experiments.conftest import Workspace
+
+
+@pytest.mark.parametrize("bc", ["off", "channel", "sink", "positional", "paper"])
+def test_a_kept_checkpoint_generates(bc: str, workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert workspace.run("quantizer=rtn", "bits=w4", f"bc={bc}", "save_model=true") == 0
+    (folder,) = (workspace.results / "checkpoints").iterdir()
+    capsys.readouterr()
+    assert main([f"checkpoint={folder}", "prompt=ab = cd", "tokens=5"]) == 0
+    first = capsys.readouterr().out
+    assert len(first.strip()) > len("ab = cd".replace(" ", ""))
+    assert main([f"checkpoint={folder}", "prompt=ab = cd", "tokens=5"]) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_a_complete_cell_can_still_be_kept(workspace: Workspace) -> None:
+    settings = ("quantizer=rtn", "bits=w4", "bc=sink")
+    assert workspace.run(*settings) == 0
+    result = next(workspace.cells()[0].glob("result.json")).read_bytes()
+    assert workspace.run(*settings, "save_model=true") == 0
+    (folder,) = (workspace.results / "checkpoints").iterdir()
+    assert (folder / "quantized.safetensors").is_file()
+    assert next(workspace.cells()[0].glob("result.json")).read_bytes() == result
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["prompt=a"], "generate.checkpoint: is missing"),
+        (["checkpoint=/no/such", "prompt=a"], "no quantized.safetensors"),
+        (["checkpoint=/no/such", "prompt="], "prompt: is empty"),
+        (["checkpoint=/no/such", "prompt=a", "tokens=0"], "tokens: 0 is not allowed"),
+        (["checkpoint=/no/such", "prompt=a", "token=5"], "did you mean 'tokens'"),
+        (["--help"], "arguments are key=value"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert line in error and error.count("\n") == 1
+
+
+def test_a_damaged_checkpoint_is_one_line(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert workspace.run("quantizer=rtn", "bits=w4", "bc=sink", "save_model=true") == 0
+    path = next(Path(workspace.results / "checkpoints").rglob("quantized.safetensors"))
+    path.write_bytes(path.read_bytes()[:-3])
+    assert main([f"checkpoint={path.parent}", "prompt=ab"]) == 2
+    assert "quantized.safetensors" in capsys.readouterr().err
