@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from bc import device as devices
-from bc.checkpoint import DamagedFileError, open_model
+from bc.checkpoint import open_model
 from bc.errors import UserError
-from bc.settings import build_dataclass
+from experiments.arguments import command
 
 
 @dataclass(frozen=True)
@@ -82,19 +80,7 @@ def generate(config: GenerateConfig) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0, or 2 for a mistake in the input."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        if not all("=" in a for a in given):
-            raise UserError("generate: arguments are key=value; write checkpoint=FOLDER prompt='TEXT'")
-        values = OmegaConf.to_container(OmegaConf.from_dotlist([a for a in given if not a.startswith("prompt=")]))
-        assert isinstance(values, dict)
-        prompt = [a.partition("=")[2] for a in given if a.startswith("prompt=")]
-        settings: dict[str, Any] = {str(k): v for k, v in values.items()} | ({"prompt": prompt[-1]} if prompt else {})
-        print(generate(build_dataclass(GenerateConfig, settings, "generate")))
-    except (UserError, DamagedFileError, OmegaConfBaseException) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return command("generate", GenerateConfig, generate, arguments)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -74,6 +76,17 @@ def test_equal_arguments_are_kept_once(token_ids):
     model = tiny_model("llama", "eager")
     stream = capture(model, family_of(model), token_ids, 2, CPU)
     assert len({id(c) for c in stream.calls}) == 1
+
+
+def test_the_disk_cache_is_in_its_files():
+    cache = ActivationCache("disk", CPU)
+    value = torch.randn(2, 3)
+    cache.append(value)
+    assert cache._folder is not None
+    (path,) = Path(cache._folder.name).iterdir()
+    assert torch.equal(torch.from_file(str(path), size=6).view(2, 3), value)
+    cache[0] = 2 * value
+    assert torch.equal(torch.from_file(str(path), size=6).view(2, 3), 2 * value)
 
 
 def test_disk_files_go_with_the_cache():

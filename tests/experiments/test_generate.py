@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import export
 from experiments.generate import main
 from tests.experiments.conftest import Workspace
 
@@ -40,7 +41,8 @@ def test_a_complete_cell_can_still_be_kept(workspace: Workspace) -> None:
         (["checkpoint=/no/such", "prompt="], "prompt: is empty"),
         (["checkpoint=/no/such", "prompt=a", "tokens=0"], "tokens: 0 is not allowed"),
         (["checkpoint=/no/such", "prompt=a", "token=5"], "did you mean 'tokens'"),
-        (["--help"], "arguments are key=value"),
+        (["--help"], "'--help' is not key=value; write checkpoint=… prompt=…"),
+        (["checkpoint=/no/such", "prompt=a", "tokens=many"], "tokens: 'many' is a str"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,3 +57,27 @@ def test_a_damaged_checkpoint_is_one_line(workspace: Workspace, capsys: pytest.C
     path.write_bytes(path.read_bytes()[:-3])
     assert main([f"checkpoint={path.parent}", "prompt=ab"]) == 2
     assert "quantized.safetensors" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_exported(workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed (extra 'export')")
+    settings = ("quantizer=rtn", "bits=w4", "bc=channel", "quantizer.symmetric=true", "save_model=true")
+    assert workspace.run(*settings) == 0
+    (folder,) = (workspace.results / "checkpoints").iterdir()
+    arguments = [f"checkpoint={folder}", f"folder={tmp_path / 'out'}"]
+    assert export.main(arguments) == 0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert export.main(arguments) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_what_cannot_be_exported_is_one_line(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed (extra 'export')")
+    assert workspace.run("quantizer=rtn", "bits=w4", "bc=sink", "save_model=true") == 0
+    (folder,) = (workspace.results / "checkpoints").iterdir()
+    assert export.main([f"checkpoint={folder}", f"folder={tmp_path / 'out'}"]) == 2
+    assert "bc=channel" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,133 @@
+"""Export to formats that other software loads: compressed-tensors ``pack-quantized``."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bc.compensation import BiasCompensation
+from bc.errors import UserError
+from bc.grid import QuantizedWeight, group_index
+from bc.models import family_of, submodule
+from bc.quantizers.base import WeightResult
+
+BIAS_SWITCHES = {"llama": (("self_attn.", "attention_bias"), ("mlp.", "mlp_bias"))}
+
+
+def export_compressed_tensors(model: nn.Module, folder: Path, tokenizer: Any = None) -> Path:
+    """Write a quantized model as compressed-tensors, which plain ``transformers`` loads without any code of ours.
+
+    Only what the format holds without loss is exported: symmetric weights on rows or equal groups, and channel biases
+    that were folded into the modules' own.
+
+    Args:
+        model: A model that :func:`bc.quantize` has changed, with ``bc`` off or ``channel`` at layer scope.
+        folder: Where to; made if need be.
+        tokenizer: The model's tokenizer, to be saved beside it.
+
+    Returns:
+        The weights' file.
+
+    Raises:
+        UserError: The model is not quantized, or holds something that the format cannot; the message says what can be
+            exported instead.
+    """
+    from compressed_tensors.compressors import pack_to_int32
+
+    weights = model.__dict__.get("_quantized")
+    if not isinstance(weights, dict):
+        raise UserError("model: it is not quantized; call bc.quantize first")
+    _check_biases(model)
+    scheme = _scheme(weights)
+    tensors = {k: v for k, v in model.state_dict().items() if k.removesuffix(".weight") not in weights}
+    for name, result in weights.items():
+        weight = result.weight
+        middle = 2 ** (weight.bits - 1)
+        tensors[f"{name}.weight_packed"] = pack_to_int32((weight.codes.int() - middle).to(torch.int8), weight.bits)
+        tensors[f"{name}.weight_scale"] = weight.scale
+        tensors[f"{name}.weight_shape"] = torch.tensor(weight.codes.shape)
+    config = _config(model, scheme, tensors)
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if config.tie_word_embeddings:
+        tensors.pop(f"{family_of(model).head}.weight", None)
+    path = folder / "model.safetensors"
+    save_file({k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}, path, {"format": "pt"})
+    return path
+
+
+def _check_biases(model: nn.Module) -> None:
+    left = {m.granularity: name for name, m in model.named_modules() if isinstance(m, BiasCompensation)}
+    for granularity, name in left.items():
+        raise UserError(
+            f"export: the {granularity} bias at {name.removesuffix('.compensation')} has no place in the format; "
+            "quantize with bc=channel (which folds) or bc=off, or keep this model with bc.save"
+        )
+
+
+def _scheme(weights: dict[str, WeightResult]) -> dict[str, Any]:
+    """The one scheme that all the weights share, in the format's terms."""
+    schemes = set()
+    for name, result in weights.items():
+        weight = result.weight
+        if type(weight) is not QuantizedWeight:
+            raise UserError(
+                f"export: {name} is a {type(weight).__name__}, which the format cannot hold; "
+                "export RTN or GPTQ weights, or keep this model with bc.save"
+            )
+        if not weight.symmetric:  # compressed-tensors 0.20 makes room for unpacked ones only, so loading would fail
+            raise UserError(
+                f"export: {name} has zero points, which plain transformers does not load from packed weights; "
+                "quantize with symmetric=true, or keep this model with bc.save"
+            )
+        columns, groups = weight.codes.shape[1], weight.scale.shape[1]
+        size = columns // groups
+        expected = group_index(columns, size if groups > 1 else -1)
+        if weight.scale.shape[0] == 1 and len(weight.codes) > 1:
+            raise UserError(f"export: {name} has one scale for the whole matrix; use granularity=row")
+        if columns % groups or not torch.equal(weight.group.cpu(), expected):
+            raise UserError(
+                f"export: the groups of {name} are not runs of equal length; use a group size that divides {columns}, "
+                "without act_order (or with static_groups)"
+            )
+        schemes.add((weight.bits, size if groups > 1 else None))
+    if len(schemes) != 1:
+        raise UserError(f"export: sites have {len(schemes)} different grids; one bit width and group size is needed")
+    bits, group_size = schemes.pop()
+    strategy = "group" if group_size else "channel"
+    return {"num_bits": bits, "type": "int", "symmetric": True, "strategy": strategy, "group_size": group_size}
+
+
+def _config(model: nn.Module, scheme: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    """The model's configuration with the format's section, and biases switched on where they were made."""
+    family = family_of(model)
+    config: Any = copy.deepcopy(model.config)
+    heads = [family.head, *(n for n, m in model.named_modules() if _stays_float(n, m, tensors))]
+    config.quantization_config = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": scheme}},
+        "ignore": sorted(set(heads)),
+    }
+    for prefix, switch in BIAS_SWITCHES.get(family.name, ()):
+        paths = [p for group in family.linears for p in group if p.startswith(prefix)]
+        names = [f"{family.blocks}.{i}.{p}" for i in range(config.num_hidden_layers) for p in paths]
+        if any(f"{name}.bias" in tensors for name in names):
+            setattr(config, switch, True)
+            for name in names:  # the switch makes all of them
+                owner = submodule(model, name)
+                assert isinstance(owner, nn.Linear)
+                tensors.setdefault(f"{name}.bias", torch.zeros(owner.out_features, dtype=owner.weight.dtype))
+    return config
+
+
+def _stays_float(name: str, module: nn.Module, tensors: dict[str, Tensor]) -> bool:
+    return isinstance(module, nn.Linear) and f"{name}.weight_packed" not in tensors
