@@ -25,7 +25,8 @@ COLOURS = ("#999999", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D
 HATCHES = ("", "//", "", "\\\\", "..", "", "xx")
 FORMATS = ("png", "svg")
 LOG_ABOVE = 5.0  # largest over smallest value from which the axis is logarithmic
-PANEL = (6.4, 4.0)  # inches
+PANEL = (6.4, 3.6)  # inches, at least
+BAR = 0.34  # inches a bar: room for its number
 DPI = 150
 
 
@@ -42,10 +43,12 @@ def draw(title: str, lines: Sequence[Line]) -> Figure:
     if not known:
         raise UserError("figures: cells.csv has no value of this experiment; run it, then python -m experiments.tables")
     panels = list(dict.fromkeys((line.cell.model.name, line.dataset) for line in known))
-    figure = Figure(figsize=(PANEL[0] * len(panels), PANEL[1]), layout="constrained")
-    FigureCanvasAgg(figure)
     kinds = list(dict.fromkeys(bc_label(line.cell.bc) for line in known if not line.cell.is_float))
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    bars = len({_setting(line) for line in known if not line.cell.is_float}) * (len(kinds) + 1)
+    size = (max(PANEL[0], BAR * bars), PANEL[1] * len(panels))
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
         draw_panel(axes, [line for line in known if (line.cell.model.name, line.dataset) == panel], kinds)
         axes.set_title(", ".join(panel))
     figure.suptitle(title)
@@ -84,7 +87,8 @@ def draw_panel(axes: Axes, lines: Sequence[Line], kinds: Sequence[str]) -> None:
             formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 1)))
     axes.set_xticks(range(len(settings)), settings)
     axes.set_ylabel("perplexity (lower is better)")
-    axes.legend(fontsize=8)
+    axes.margins(y=0.1)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _setting(line: Line) -> str:
