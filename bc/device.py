@@ -87,13 +87,6 @@ def free_memory_bytes(device: torch.device) -> int | None:
     return None
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that the device's memory is exhausted."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "not enough memory" in str(error)
-    )
-
-
 def release(device: torch.device) -> None:
     """Give cached blocks back to the device."""
     gc.collect()

@@ -17,10 +17,6 @@ class QuantizationError(RuntimeError):
     """A quantizer could not produce a valid result for a site (named in the message)."""
 
 
-class OutOfMemoryError(RuntimeError):
-    """The device ran out of memory even at batch size 1; the message says what to lower."""
-
-
 def unknown(field: str, value: object, allowed: Iterable[object]) -> UserError:
     """Build the error for a value that is not one of a closed set.
 

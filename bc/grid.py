@@ -8,7 +8,7 @@ s = absmax / (2^(b−1) − ½), the mean of the two conventions that clip neith
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -55,10 +55,6 @@ class Grid:
     def levels(self) -> int:
         """Largest code, 2^bits − 1."""
         return 2**self.bits - 1
-
-    def with_bits(self, bits: int) -> Grid:
-        """The same grid at another bit width."""
-        return replace(self, bits=bits)
 
 
 def group_index(columns: int, group_size: int, device: torch.device | None = None) -> Tensor:
