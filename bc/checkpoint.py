@@ -13,8 +13,8 @@ from bc.compensation import BiasCompensation, PositionSums, attach
 from bc.errors import UserError
 from bc.models import submodule
 from bc.positions import PositionContext
-from bc.quantizers.base import WeightResult
-from bc.storage import DamagedFileError, pack, read, restore_weight, store_weight, unpack, write
+from bc.quantizers.base import SiteResult
+from bc.storage import DamagedFileError, pack, read, restore_result, store_result, unpack, write
 
 __all__ = [
     "DamagedFileError",
@@ -34,16 +34,16 @@ MODEL_FILE = "quantized.safetensors"
 STATE = "state/"  # before the names of tensors that are stored as they are
 
 
-def save_weights(path: Path, weights: dict[str, WeightResult], metadata: dict[str, str]) -> None:
-    """Write quantized weights to one file; it appears complete or not at all.
+def save_weights(path: Path, weights: dict[str, SiteResult], metadata: dict[str, str]) -> None:
+    """Write how sites are quantized to one file; it appears complete or not at all.
 
     Args:
         path: The file to make; parents are made too.
-        weights: Site → quantized weight, as from :func:`bc.pipeline.calibrate`.
+        weights: Site → result, as from :func:`bc.pipeline.calibrate`.
         metadata: Facts to keep in the header.
 
     Raises:
-        TypeError: A weight of a kind that has no file format.
+        TypeError: A weight or an activation quantizer of a kind that has no file format.
     """
     tensors: dict[str, Tensor] = {}
     sites = _store_all(weights, tensors)
@@ -51,15 +51,15 @@ def save_weights(path: Path, weights: dict[str, WeightResult], metadata: dict[st
     write(path, tensors, header)
 
 
-def _store_all(weights: dict[str, WeightResult], tensors: dict[str, Tensor]) -> dict[str, Any]:
-    return {name: store_weight(name, r.weight, tensors) | {"notes": r.notes} for name, r in weights.items()}
+def _store_all(weights: dict[str, SiteResult], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    return {name: store_result(name, result, tensors) for name, result in weights.items()}
 
 
-def _restore_all(sites: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, WeightResult]:
-    return {name: WeightResult(restore_weight(name, site, tensors), site["notes"]) for name, site in sites.items()}
+def _restore_all(sites: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, SiteResult]:
+    return {name: restore_result(name, site, tensors) for name, site in sites.items()}
 
 
-def load_weights(path: Path) -> tuple[dict[str, WeightResult], dict[str, str]]:
+def load_weights(path: Path) -> tuple[dict[str, SiteResult], dict[str, str]]:
     """Read what :func:`save_weights` wrote.
 
     Raises:
@@ -67,10 +67,7 @@ def load_weights(path: Path) -> tuple[dict[str, WeightResult], dict[str, str]]:
     """
     tensors, metadata = read(path, FORMAT)
     try:
-        sites = json.loads(metadata.pop("sites")).items()
-        return {
-            name: WeightResult(restore_weight(name, site, tensors), site["notes"]) for name, site in sites
-        }, metadata
+        return _restore_all(json.loads(metadata.pop("sites")), tensors), metadata
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedFileError(f"{path}: the file does not hold what its header says ({error})") from error
 
@@ -183,6 +180,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], sites: dict[str, Any], c
     for name, result in results.items():
         own = _module(model, name).weight
         assert isinstance(own, Tensor)
+        assert result.weight is not None
         rest[f"{name}.weight"] = result.weight.dequantize().to(own.dtype)
     missing, unexpected = model.load_state_dict(rest, strict=False)
     tied = {key for key in missing if key.endswith("lm_head.weight") and model.config.tie_word_embeddings}  # type: ignore[union-attr]

@@ -114,6 +114,35 @@ def linear_bias(weight: Tensor, quantized: Tensor, mean_input: Tensor, mean_quan
     return mean_input @ weight.T - mean_quantized.float() @ quantized.T
 
 
+def to_rows(value: Tensor, layout: str, tokens: int | None = None) -> Tensor:
+    """What a module returns as rows of channels: shape (batch, tokens, channels).
+
+    Args:
+        value: The output.
+        layout: ``tokens``: (…, tokens, channels), with one token where there are but two axes; ``image``: (batch,
+            channels, height, width), whose tokens are the pixels; ``heads``: (batch, heads, tokens, columns), whose
+            channels are the columns of all heads.
+        tokens: Tokens of a sample where the model flattens (batch · tokens, channels).
+    """
+    if layout == "image":
+        return value.movedim(1, -1).flatten(1, 2)
+    if layout == "heads":
+        return value.transpose(1, 2).flatten(2)
+    if value.dim() == 2:
+        return value.reshape(-1, tokens or 1, value.shape[-1])
+    return value.flatten(1, -2)
+
+
+def from_rows(rows: Tensor, like: Tensor, layout: str) -> Tensor:
+    """Inverse of :func:`to_rows`: rows in the shape of ``like``."""
+    if layout == "image":
+        return rows.transpose(1, 2).reshape(like.shape)
+    if layout == "heads":
+        batch, heads, tokens, columns = like.shape
+        return rows.reshape(batch, tokens, heads, columns).transpose(1, 2)
+    return rows.reshape(like.shape)
+
+
 class BiasCompensation(nn.Module):
     """The bias of one site, added to the site's output.
 
@@ -123,6 +152,7 @@ class BiasCompensation(nn.Module):
         context: Positions of the forward under way; without one, positions count from 0 along the output's
             second-to-last axis.
         dtype: Storage type.
+        layout: Of the site's output; see :func:`to_rows`.
 
     The state dict holds ``bias`` in its shape.
 
@@ -138,6 +168,7 @@ class BiasCompensation(nn.Module):
         granularity: str,
         context: PositionContext | None = None,
         dtype: torch.dtype = torch.float16,
+        layout: str = "tokens",
     ) -> None:
         super().__init__()
         if not bool(torch.isfinite(bias).all()):
@@ -148,6 +179,7 @@ class BiasCompensation(nn.Module):
         self.register_buffer("bias", stored)
         self.granularity = granularity
         self.context = context
+        self.layout = layout
 
     def extra_repr(self) -> str:
         """Shape and granularity, for printing a model."""
@@ -171,24 +203,20 @@ class BiasCompensation(nn.Module):
         """Add the bias.
 
         Args:
-            output: Shape (batch, tokens, channels), or (batch · tokens, channels) where the model flattens its tokens.
+            output: Of the layout; (batch · tokens, channels) where a language model flattens its tokens.
 
         Returns:
             A new tensor of the same shape and dtype; the argument is not changed.
         """
-        if len(self.bias) == 1:
+        if len(self.bias) == 1 and self.layout == "tokens":
             return output + self.bias[0].to(output.dtype)
-        if output.dim() > 2:
-            return output + self.rows(output.shape[-2]).to(output.dtype)
         known = self.context.positions if self.context is not None else None
-        tokens = known.shape[1] if known is not None else len(output)
-        shaped = output.reshape(-1, tokens, output.shape[-1])
-        return (shaped + self.rows(tokens).to(output.dtype)).reshape(output.shape)
+        shaped = to_rows(output, self.layout, len(output) if known is None else known.shape[1])
+        rows = self.bias if len(self.bias) == 1 else self.rows(shaped.shape[1])
+        return from_rows(shaped + rows.to(output.dtype), output, self.layout)
 
     def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook: compensate a tensor, or the first element of a tuple."""
-        if isinstance(module, nn.Conv2d):  # channels are axis 1
-            return self(output.movedim(1, -1)).movedim(-1, 1)
         if isinstance(output, Tensor):
             return self(output)
         return (self(output[0]), *output[1:])
@@ -200,6 +228,7 @@ def attach(
     granularity: str,
     context: PositionContext | None = None,
     dtype: torch.dtype = torch.float16,
+    layout: str | None = None,
 ) -> BiasCompensation:
     """Compensate a module's output from now on.
 
@@ -211,6 +240,7 @@ def attach(
         granularity: See :class:`BiasCompensation`.
         context: See :class:`BiasCompensation`.
         dtype: Storage type.
+        layout: See :func:`to_rows`; None is ``image`` for a convolution and ``tokens`` for any other module.
 
     Returns:
         The bias, registered as the child ``compensation`` of the module.
@@ -226,7 +256,8 @@ def attach(
                 f"take a {granularity} one of shape {tuple(bias.shape)}; detach the first, or use the same granularity"
             )
         bias = old.bias.float().to(bias.device) + bias.float()
-    child = BiasCompensation(bias, granularity, context, dtype)
+    layout = layout or ("image" if isinstance(module, nn.Conv2d) else "tokens")
+    child = BiasCompensation(bias, granularity, context, dtype, layout)
     detach(module)
     module.add_module(CHILD, child)
     module.register_forward_hook(child.hook)

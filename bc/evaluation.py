@@ -10,9 +10,11 @@ from torch.nn.functional import cross_entropy
 
 from bc import device as devices
 from bc.calibration import capture, logits, on_device
+from bc.chains import block_list
 from bc.errors import UserError
 from bc.models import family_of, submodule
-from bc.pipeline import Engine, block_list
+from bc.pipeline import Engine
+from bc.positions import PositionContext
 from bc.progress import track
 
 HEADROOM = 0.6  # of the free device memory, for the weights of a model that is evaluated whole
@@ -92,5 +94,5 @@ def _streamed(model: nn.Module, windows: Tensor, engine: Engine) -> float:
     with on_device(engine.device, *(submodule(model, p) for p in family.tail)):
         for i, ids in enumerate(windows.split(engine.batch_size)):
             total += _loss(logits(model, family, stream, i), ids.to(engine.device))
-    stream.context.set(None, None)
+    PositionContext.of(model).set(None, None)
     return total

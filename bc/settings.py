@@ -12,7 +12,8 @@ from bc.errors import UserError, unknown
 
 T = TypeVar("T")
 
-SCOPES = ("layer", "attention", "mlp", "block", "model")
+SCOPES = ("layer", "attention", "mlp", "downsample", "block", "stage", "model")
+KINDS = ("conv", "linear", "matmul")
 GRANULARITIES = ("channel", "sink", "positional")
 STREAMS = ("float", "quantized")
 BIAS_DTYPES = ("float16", "bfloat16", "float32")
@@ -108,12 +109,14 @@ class Compensation:
     """Which outputs get a bias, and of which shape.
 
     Attributes:
-        scope: Union of ``layer``, ``attention``, ``mlp``, ``block``, ``model``; empty is no compensation.
+        scope: Union of ``layer``, ``attention``, ``mlp``, ``downsample``, ``block``, ``stage``, ``model`` (those that a
+            model has; downsamples and stages are Swin's); empty is no compensation.
         granularity: ``channel`` (one bias per output channel), ``sink`` (the first positions have one each, the rest
             share one) or ``positional`` (one per position and channel, the paper's).
         stream: The inputs fed to the quantized site while fitting: ``float`` (the paper) or ``quantized``.
         sink_positions: Number of leading positions with a bias of their own at granularity ``sink``.
         dtype: How the biases are stored.
+        kinds: Sites that scope ``layer`` covers: ``conv``, ``linear``, ``matmul``.
     """
 
     scope: tuple[str, ...] = ()
@@ -121,14 +124,19 @@ class Compensation:
     stream: Literal["float", "quantized"] = "float"
     sink_positions: int = 1
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    kinds: tuple[str, ...] = KINDS
 
     def __post_init__(self) -> None:
-        for item in self.scope:
-            if item not in SCOPES:
-                raise unknown("bc.scope", item, SCOPES)
-        if len(set(self.scope)) != len(self.scope):
-            raise UserError(f"bc.scope: {'+'.join(self.scope)} names a scope twice; name each once")
-        object.__setattr__(self, "scope", tuple(sorted(self.scope, key=SCOPES.index)))
+        for field, names in (("scope", SCOPES), ("kinds", KINDS)):
+            value = getattr(self, field)
+            for item in value:
+                if item not in names:
+                    raise unknown(f"bc.{field}", item, names)
+            if len(set(value)) != len(value):
+                raise UserError(f"bc.{field}: {'+'.join(value)} names one twice; name each once")
+            object.__setattr__(self, field, tuple(sorted(value, key=names.index)))
+        if not self.kinds:
+            raise UserError("bc.kinds: is empty; name one or more of conv, linear, matmul")
         for name, allowed in (("granularity", GRANULARITIES), ("stream", STREAMS), ("dtype", BIAS_DTYPES)):
             if getattr(self, name) not in allowed:
                 raise unknown(f"bc.{name}", getattr(self, name), allowed)

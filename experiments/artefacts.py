@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from bc.checkpoint import DamagedFileError, load_means, load_weights, save_means, save_weights
 from bc.compensation import PositionSums
-from bc.quantizers.base import WeightResult
+from bc.quantizers.base import SiteResult
 from experiments.config import CellConfig
 from experiments.identity import means_hash, weights_hash
 from experiments.store import set_aside
@@ -43,8 +43,8 @@ class Shared(Generic[T]):
 
 
 def quantized_weights(
-    results: Path, cell: CellConfig, make: Callable[[], dict[str, WeightResult]]
-) -> Shared[dict[str, WeightResult]]:
+    results: Path, cell: CellConfig, make: Callable[[], dict[str, SiteResult]]
+) -> Shared[dict[str, SiteResult]]:
     """The quantized weights of a cell, made if they are not there.
 
     Args:
@@ -54,11 +54,11 @@ def quantized_weights(
     """
     digits = weights_hash(cell)[:DIGITS]
 
-    def load(path: Path) -> tuple[dict[str, WeightResult], float]:
+    def load(path: Path) -> tuple[dict[str, SiteResult], float]:
         weights, metadata = load_weights(path)
         return weights, float(metadata["seconds"])
 
-    def save(path: Path, weights: dict[str, WeightResult], seconds: float) -> None:
+    def save(path: Path, weights: dict[str, SiteResult], seconds: float) -> None:
         save_weights(path, weights, {"seconds": repr(seconds), "identity": weights_hash(cell)})
 
     return _obtain(results / "artefacts" / f"weights-{digits}.safetensors", make, load, save)

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bc import chains, models, pipeline, quantizers
 from bc import device as devices
-from bc import models, pipeline, quantizers
 from bc.checkpoint import save_model
 from bc.errors import UserError
 from bc.evaluation import evaluate_perplexity
@@ -209,7 +209,7 @@ def _first(windows: Tensor | None, count: int) -> Tensor | None:
 
 def _float_report(model: Any) -> Report:
     """Storage of the float model: what quantization would have shrunk."""
-    linears = [m for _, m in pipeline.sites(model, models.family_of(model))]
+    linears = [m for _, m in chains.sites(model, models.family_of(model))]
     tensors = [t for m in linears for t in (m.weight, m.bias) if t is not None]
     bits = sum(t.numel() * t.element_size() * 8 for t in tensors)
     return Report([], bits, sum(m.weight.numel() for m in linears), 0)
@@ -220,7 +220,7 @@ def say_short_groups(model: Any, cell: CellConfig) -> None:
     size = cell.bits.group_size
     if size < 1:
         return
-    for inputs in sorted({m.in_features for _, m in pipeline.sites(model, models.family_of(model))}):
+    for inputs in sorted({m.in_features for _, m in chains.sites(model, models.family_of(model))}):
         if inputs % size:
             log.info(
                 "  bits.group_size: %d does not divide %d inputs; the last group has %d", size, inputs, inputs % size

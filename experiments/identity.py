@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from bc import models
-from bc.settings import PRESETS, Compensation
+from bc.settings import KINDS, PRESETS, Compensation
 from experiments.config import CellConfig
 
 SCHEMA = 1  # raise when the meaning of a setting or of a stored result changes
@@ -53,10 +53,14 @@ def bc_part(bc: Compensation) -> dict[str, Any] | None:
     """BC's settings without those that are of no effect; None for no compensation."""
     if not bc.enabled:
         return None
-    return asdict(bc) | {
+    part = asdict(bc) | {
         "scope": list(bc.scope),
+        "kinds": list(bc.kinds),
         "sink_positions": bc.sink_positions if bc.granularity == "sink" else None,
     }
+    if bc.kinds == KINDS:
+        del part["kinds"]
+    return part
 
 
 def digest(value: Any) -> str:

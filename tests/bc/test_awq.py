@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import linear
 
+from bc.chains import block_list, sites
 from bc.errors import QuantizationError, UserError
 from bc.grid import Grid, QuantizedWeight, quantize_weight
 from bc.models import family_of
-from bc.pipeline import block_list, calibrate, compensate, sites
+from bc.pipeline import calibrate, compensate
 from bc.quantizers import create
 from bc.quantizers.awq import ScaledWeight, clip_ranges, column_scales, scaled_round
 from bc.quantizers.base import Group
