@@ -13,9 +13,8 @@ from bc.calibration import Samples, Stream, capture, capture_images, logits
 from bc.errors import UserError
 from bc.models import Family, submodule
 from bc.positions import PositionContext
+from bc.settings import SCOPES, SEARCH
 from bc.sites import Site, Unit
-
-SCOPES = ("layer", "attention", "mlp", "downsample", "block", "stage", "model")
 
 
 class Chain(ABC):
@@ -158,7 +157,7 @@ def check_scopes(chain: Chain, scopes: tuple[str, ...]) -> None:
         UserError: The first of them, and those that there are.
     """
     for scope in scopes:
-        if scope not in chain.scopes:
+        if scope not in (*chain.scopes, SEARCH):
             raise UserError(
                 f"bc.scope: there is no {scope!r} in a {type(chain.model).__name__}; allowed: {', '.join(chain.scopes)}"
             )

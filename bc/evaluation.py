@@ -1,8 +1,10 @@
-"""Perplexity of language models over non-overlapping windows."""
+"""Perplexity of language models over non-overlapping windows; top-1 and top-5 accuracy of vision models."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -96,3 +98,56 @@ def _streamed(model: nn.Module, windows: Tensor, engine: Engine) -> float:
             total += _loss(logits(model, family, stream, i), ids.to(engine.device))
     PositionContext.of(model).set(None, None)
     return total
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Accuracy of a vision model.
+
+    Attributes:
+        top1: Percent of images whose label has the highest logit.
+        top5: Percent of images whose label is among the five highest logits.
+        loss: Mean cross-entropy.
+        samples: Images that were scored.
+    """
+
+    top1: float
+    top5: float
+    loss: float
+    samples: int
+
+
+@torch.no_grad()
+def evaluate_accuracy(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], engine: Engine | None = None, total: int | None = None
+) -> Accuracy:
+    """Top-1 and top-5 accuracy.
+
+    Args:
+        model: A classifier on the CPU.
+        batches: Images, floating, shape (n, channels, height, width), and labels, int64, shape (n,).
+        engine: Device.
+        total: Number of batches, for the progress bar.
+
+    Raises:
+        UserError: There are no images.
+        FloatingPointError: A logit is NaN.
+    """
+    engine = engine or Engine()
+    first = five = samples = 0
+    loss = 0.0
+    dtype = next(model.parameters()).dtype
+    with on_device(engine.device, model):
+        for images, labels in track(batches, "accuracy", total=total, unit="batch"):
+            scores = model(images.to(engine.device, dtype)).float()
+            labels = labels.to(engine.device)
+            if bool(scores.isnan().any()):
+                raise FloatingPointError("the model's logits hold NaN; its weights or biases are not finite")
+            ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
+            first += int(ranked[:, 0].sum())
+            five += int(ranked.any(1).sum())
+            loss += cross_entropy(scores, labels, reduction="sum").item()
+            samples += len(labels)
+    if not samples:
+        raise UserError("data: there are no images to score; give at least one batch")
+    return Accuracy(100 * first / samples, 100 * five / samples, loss / samples, samples)

@@ -14,6 +14,7 @@ T = TypeVar("T")
 
 SCOPES = ("layer", "attention", "mlp", "downsample", "block", "stage", "model")
 KINDS = ("conv", "linear", "matmul")
+SEARCH = "search"
 GRANULARITIES = ("channel", "sink", "positional")
 STREAMS = ("float", "quantized")
 BIAS_DTYPES = ("float16", "bfloat16", "float32")
@@ -110,7 +111,8 @@ class Compensation:
 
     Attributes:
         scope: Union of ``layer``, ``attention``, ``mlp``, ``downsample``, ``block``, ``stage``, ``model`` (those that a
-            model has; downsamples and stages are Swin's); empty is no compensation.
+            model has; downsamples and stages are Swin's); empty is no compensation; ``search`` alone leaves the choice
+            to selection samples (:mod:`bc.scope_search`).
         granularity: ``channel`` (one bias per output channel), ``sink`` (the first positions have one each, the rest
             share one) or ``positional`` (one per position and channel, the paper's).
         stream: The inputs fed to the quantized site while fitting: ``float`` (the paper) or ``quantized``.
@@ -127,7 +129,7 @@ class Compensation:
     kinds: tuple[str, ...] = KINDS
 
     def __post_init__(self) -> None:
-        for field, names in (("scope", SCOPES), ("kinds", KINDS)):
+        for field, names in (("scope", (*SCOPES, SEARCH)), ("kinds", KINDS)):
             value = getattr(self, field)
             for item in value:
                 if item not in names:
@@ -135,6 +137,8 @@ class Compensation:
             if len(set(value)) != len(value):
                 raise UserError(f"bc.{field}: {'+'.join(value)} names one twice; name each once")
             object.__setattr__(self, field, tuple(sorted(value, key=names.index)))
+        if self.searched and len(self.scope) > 1:
+            raise UserError(f"bc.scope: {SEARCH} stands for all unions; write bc.scope=[{SEARCH}] alone")
         if not self.kinds:
             raise UserError("bc.kinds: is empty; name one or more of conv, linear, matmul")
         for name, allowed in (("granularity", GRANULARITIES), ("stream", STREAMS), ("dtype", BIAS_DTYPES)):
@@ -144,18 +148,24 @@ class Compensation:
             raise UserError(f"bc.sink_positions: {self.sink_positions} is not allowed; use 1 or more")
 
     @property
+    def searched(self) -> bool:
+        """Whether the scope is to be chosen on selection samples."""
+        return SEARCH in self.scope
+
+    @property
     def enabled(self) -> bool:
         """Whether any output is compensated."""
         return bool(self.scope)
 
     @classmethod
-    def parse(cls, value: str | Compensation) -> Compensation:
-        """A preset by name (see :data:`PRESETS`), or the settings themselves."""
+    def parse(cls, value: str | Compensation, *, vision: bool = False) -> Compensation:
+        """A preset by name (see :func:`presets`), or the settings themselves."""
         if isinstance(value, Compensation):
             return value
-        if value not in PRESETS:
-            raise unknown("bc", value, PRESETS)
-        return PRESETS[value]
+        known = presets(vision=vision)
+        if value not in known:
+            raise unknown("bc", value, known)
+        return known[value]
 
 
 PRESETS: dict[str, Compensation] = {
@@ -164,4 +174,12 @@ PRESETS: dict[str, Compensation] = {
     "sink": Compensation(("layer",), "sink"),
     "positional": Compensation(("layer",), "positional"),
     "paper": Compensation(("layer", "block"), "positional"),
+    "search": Compensation((SEARCH,), "positional"),
 }
+
+
+def presets(*, vision: bool = False) -> dict[str, Compensation]:
+    """Name → settings. ``paper`` is the paper's main setting: of language models, or of vision models."""
+    if not vision:
+        return PRESETS
+    return PRESETS | {"paper": Compensation(("layer", "model"), "positional")}

@@ -9,7 +9,7 @@ from typing import Any
 
 from bc.errors import UserError
 from experiments.config import LoggerConfig, RunConfig
-from experiments.identity import bc_label, cell_hash, scientific
+from experiments.identity import bc_name, cell_hash, scientific
 from experiments.store import check_result
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,13 @@ class Mirror:
 
     def _tags(self) -> list[str]:
         cell = self.config.cell
-        own = [cell.model.name, cell.quantizer, cell.bits.label, f"bc-{bc_label(cell.bc)}", f"seed-{cell.seed}"]
+        own = [
+            cell.model.name,
+            cell.quantizer,
+            cell.bits.label,
+            f"bc-{bc_name(cell)}",
+            f"seed-{cell.seed}",
+        ]
         return [tag[:TAG_LENGTH] for tag in dict.fromkeys([*own, *self.config.logger.tags])]
 
     def _send(self, result: dict[str, Any], sites: list[dict[str, Any]]) -> None:

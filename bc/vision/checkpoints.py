@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,31 @@ def _strangers(model: nn.Module, state: dict[str, Any]) -> list[str]:
 def embedded_file(name: str) -> Path:
     """The committed checkpoint of an embedded model: ``tiny_vit``, ``tiny_deit``, ``tiny_swin``, ``vit_s14_probe``."""
     return ASSETS / f"{name}.safetensors"
+
+
+def _committed(name: str) -> Path:
+    return embedded_file("vit_s14_probe" if name == "vit_s14" else name)
+
+
+def check_embedded(name: str) -> None:
+    """Refuse an embedded model whose committed weights are absent.
+
+    Raises:
+        UserError: Naming the file and the command that makes it.
+    """
+    path = _committed(name)
+    if not path.is_file():
+        raise UserError(
+            f"model: the embedded weights {str(path)!r} are absent; "
+            f"make them with `python -m experiments.training.train_tiny {path.stem}`"
+        )
+
+
+@cache
+def embedded_revision(name: str) -> str:
+    """First 12 digits of the SHA-256 of an embedded model's committed weights; empty where there are none."""
+    path = _committed(name)
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else ""
 
 
 def read_embedded(model: nn.Module, name: str) -> None:
