@@ -7,6 +7,7 @@ PYTHON ?= python3# interpreter that makes the environment, 3.11 or newer
 VENV ?= .venv# the environment
 EXPERIMENT ?= table2_embedded# file in conf/experiment, for sweep, status and tables
 LAUNCHER ?=# file in conf/hydra/launcher: local or slurm; empty runs the cells one after another here
+SUITE ?= paper# of reproduce-table1: paper, or embedded where there is no ImageNet
 ARGS ?=# further overrides, e.g. ARGS="seed=0,1,2 engine.device=cuda:1"
 
 RUN := $(VENV)/bin/python
@@ -61,8 +62,19 @@ status: setup ## one line a cell of EXPERIMENT, and totals
 tables: setup ## rebuild results/cells.csv and EXPERIMENT's table
 	@$(RUN) -m experiments.tables $(EXPERIMENT) $(ARGS)
 
-reproduce-table1: ## Table 1 (vision)
-	@echo 'error: Table 1 needs the vision part, which is not there yet'; exit 2
+reproduce-table1: ## run Table 1 (vision) and rebuild it; SUITE=embedded needs no ImageNet
+ifeq ($(SUITE),embedded)
+reproduce-table1: data
+	$(RUN) -m bc.data vision
+	$(RUN) -m experiments.run +experiment=table1_embedded $(LAUNCH) $(ARGS)
+	$(RUN) -m experiments.tables table1_embedded $(filter-out seed=%,$(ARGS))
+else
+reproduce-table1: setup
+	@$(RUN) -m bc.data --imagenet '$(patsubst data.paths.imagenet=%,%,$(filter data.paths.imagenet=%,$(ARGS)))' \
+		|| { echo 'without ImageNet: make reproduce-table1 SUITE=embedded' >&2; exit 2; }
+	$(RUN) -m experiments.run +experiment=table1 $(LAUNCH) $(ARGS)
+	$(RUN) -m experiments.tables table1 $(filter-out seed=%,$(ARGS))
+endif
 
 reproduce-table2: ## run Table 2 (language models) and rebuild it
 reproduce-table3: ## run Table 3 (group sizes, AWQ) and rebuild it

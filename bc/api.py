@@ -73,6 +73,8 @@ def quantize(
         QuantizationError: By site name, where no valid result exists.
     """
     settings = Compensation.parse(bc, vision=is_vision(model))
+    if is_vision(model):
+        vision.wrap(model)
     if settings.searched:
         raise UserError("bc: 'search' needs a score; call bc.scope_search.search_scope, or name the scope")
     check_scopes(chain_of(model), settings.scope)

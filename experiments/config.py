@@ -137,10 +137,13 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
         raise UserError(f"save_model: {values['save_model']!r} is not allowed; use true or false")
     if not isinstance(values["results_dir"], str):
         raise UserError(f"results_dir: {values['results_dir']!r} is not a folder name; set results_dir=results")
+    cell = cell_config(values)
+    if values["save_model"] and cell.domain == "images":
+        raise UserError("save_model: true is for language models; set save_model=false for a vision model")
     logger = dict(section(values, "logger"))
     logger["tags"] = strings("logger.tags", logger.get("tags", ()))
     return RunConfig(
-        cell=cell_config(values),
+        cell=cell,
         engine=build_dataclass(EngineConfig, dict(section(values, "engine")), "engine"),
         logger=build_dataclass(LoggerConfig, logger, "logger"),
         experiment=str(section(values, "experiment").get("name", "adhoc")),
@@ -162,11 +165,13 @@ def cell_config(values: Mapping[str, Any]) -> CellConfig:
         bc[key] = strings(f"bc.{key}", bc.get(key, ()))
     if bc["scope"] == ("paper",):
         bc["scope"] = presets(vision=domain == "images")["paper"].scope
+    model = build_dataclass(ModelConfig, dict(section(values, "model")), "model")
+    check_domain(model.name, domain)
     bits = build_dataclass(Bits, dict(section(values, "bits")), "bits")
     options = dict(section(values, "quantizer"))
     name = options.pop("name", None)
     cell = CellConfig(
-        model=build_dataclass(ModelConfig, dict(section(values, "model")), "model"),
+        model=model,
         quantizer=name,
         options=quantizer_options(name, bits, options, domain),
         bits=bits,
@@ -206,7 +211,6 @@ def quantizer_options(name: Any, bits: Bits, options: dict[str, Any], domain: st
 
 def check_combination(cell: CellConfig) -> None:
     """Refuse settings that contradict one another."""
-    check_domain(cell)
     float_bits = cell.bits.weight == 16 and cell.bits.activation == 16
     if cell.is_float and not float_bits:
         raise UserError(f"bits: {cell.bits.label} does not go with quantizer=none, the float model; set bits=float")
@@ -217,19 +221,18 @@ def check_combination(cell: CellConfig) -> None:
             f"report.held_out_samples: {cell.report.held_out_samples} is more than the "
             f"{cell.data.selection.samples} of data.selection.samples; lower the one or raise the other"
         )
-    if cell.bc.searched and not cell.data.selection.samples:
-        raise UserError("data.selection.samples: 0 leaves nothing to choose a scope on; set it to 1 or more")
-
-
-def check_domain(cell: CellConfig) -> None:
-    """Refuse a vision model with texts, a language model with images, and scopes that no such model has."""
-    name = cell.model.name
-    if cell.domain == "text" and name in vision.catalogue():
-        raise UserError(f"model: {name!r} is a vision model; set data=imagenet or data=embedded_vision")
-    if cell.domain == "images" and name in models.catalogue():
-        raise UserError(f"model: {name!r} is a language model; set data=llm or data=embedded_llm")
     strange = [scope for scope in ("downsample", "stage") if scope in cell.bc.scope]
     if strange and cell.domain == "text":
         raise UserError(
             f"bc.scope: no {strange[0]!r} in a language model; allowed: layer, attention, mlp, block, model"
         )
+    if cell.bc.searched and not cell.data.selection.samples:
+        raise UserError("data.selection.samples: 0 leaves nothing to choose a scope on; set it to 1 or more")
+
+
+def check_domain(name: str, domain: str) -> None:
+    """Refuse a vision model with texts and a language model with images."""
+    if domain == "text" and name in vision.catalogue():
+        raise UserError(f"model: {name!r} is a vision model; set data=imagenet or data=embedded_vision")
+    if domain == "images" and name in models.catalogue():
+        raise UserError(f"model: {name!r} is a language model; set data=llm or data=embedded_llm")
