@@ -30,10 +30,10 @@ $(STAMP): pyproject.toml requirements.lock
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[dev,cluster,export]'
 	@touch $@
 
-data: setup ## fetch the embedded model and texts, checked by hash
+data: setup ## fetch the embedded models and texts, checked by hash
 	$(RUN) -m bc.data
 
-demo: setup data ## a sweep on a real model and text, its table and figure (about 6 minutes on 2 cores)
+demo: setup data ## a sweep on real models, text and images, its table and figure (about 8 minutes on 2 cores)
 	$(RUN) -m experiments.run +experiment=demo $(LAUNCH) $(ARGS)
 	@$(RUN) -m experiments.tables demo $(ARGS) > /dev/null
 	@$(RUN) -m experiments.figures demo $(ARGS) > /dev/null
@@ -65,7 +65,6 @@ tables: setup ## rebuild results/cells.csv and EXPERIMENT's table
 reproduce-table1: ## run Table 1 (vision) and rebuild it; SUITE=embedded needs no ImageNet
 ifeq ($(SUITE),embedded)
 reproduce-table1: data
-	$(RUN) -m bc.data vision
 	$(RUN) -m experiments.run +experiment=table1_embedded $(LAUNCH) $(ARGS)
 	$(RUN) -m experiments.tables table1_embedded $(filter-out seed=%,$(ARGS))
 else
