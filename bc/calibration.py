@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bc.compensation import PositionSums, to_rows
+from bc.compensation import to_rows
 from bc.errors import UserError
 from bc.models import Family, submodule
 from bc.positions import PositionContext, token_positions
+from bc.statistics import PositionSums
 
 STORES = ("device", "host", "disk")
 
@@ -130,7 +131,10 @@ class Stream:
 
     Attributes:
         call: The call of the batch under way.
+        halves: Sums that are made here keep those of half the samples besides.
     """
+
+    halves = False
 
     def __init__(self, calls: list[Call], cache: ActivationCache, context: PositionContext | None = None) -> None:
         self.calls, self.cache, self.context = calls, cache, context
@@ -154,7 +158,7 @@ class Stream:
             positions = torch.arange(rows.shape[1], device=rows.device)[None]
         if key not in sums:
             longest = max((int(c.positions.max()) for c in self.calls if c.positions is not None), default=-1) + 1
-            sums[key] = PositionSums(longest or rows.shape[1], rows.shape[2], rows.device)
+            sums[key] = PositionSums(longest or rows.shape[1], rows.shape[2], rows.device, self.halves)
         sums[key].add(rows, positions, self.call.valid)
 
     def rows(self, value: Tensor, layout: str = "tokens") -> Tensor:
@@ -166,7 +170,9 @@ class Stream:
         cache = ActivationCache(self.cache.store, self.cache.device)
         for i in range(len(self)):
             cache.append(self.cache[i])
-        return Stream(self.calls, cache, self.context)
+        twin = Stream(self.calls, cache, self.context)
+        twin.halves = self.halves
+        return twin
 
     def use(self, index: int) -> None:
         """Make a batch the one under way, also for the model's biases."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,10 @@ class LanguageChain(Chain):
 
     def __init__(self, model: nn.Module, family: Family) -> None:
         self.model, self.family = model, family
-        self.units = [block_unit(family, i, block) for i, block in enumerate(block_list(model, family))]
+        from bc.scaling import predecessors  # it walks the blocks too
+
+        norms = predecessors(model, family)
+        self.units = [block_unit(family, i, block, norms) for i, block in enumerate(block_list(model, family))]
         self.context = PositionContext.of(model)
         self.tail = tuple(submodule(model, path) for path in family.tail)
         self.heads = (family.head,)
@@ -130,17 +133,22 @@ def block_list(model: nn.Module, family: Family) -> nn.ModuleList:
     return found
 
 
-def block_unit(family: Family, index: int, block: nn.Module) -> Unit:
-    """A language model's block."""
+def block_unit(family: Family, index: int, block: nn.Module, before: Sequence[str] = ()) -> Unit:
+    """A language model's block; ``before`` names what each group of Linears reads, where nothing else does."""
     name = f"{family.blocks}.{index}"
-    groups = tuple(tuple(_site(name, block, path) for path in group) for group in family.linears)
+    found = [submodule(block, path) if path else None for path in before] or [None] * len(family.linears)
+    norms = [module if isinstance(module, nn.LayerNorm) else None for module in found]
+    groups = tuple(
+        tuple(_site(name, block, path, norm) for path in group)
+        for group, norm in zip(family.linears, norms, strict=True)
+    )
     return Unit(name, block, "block", groups, family.opens, family.regions)
 
 
-def _site(block_name: str, block: nn.Module, path: str) -> Site:
+def _site(block_name: str, block: nn.Module, path: str, norm: nn.LayerNorm | None) -> Site:
     module = submodule(block, path)
     assert isinstance(module, nn.Linear), f"{path} is a {type(module).__name__}, not a Linear"
-    return Site(f"{block_name}.{path}", module, "linear", path.rpartition(".")[2])
+    return Site(f"{block_name}.{path}", module, "linear", path.rpartition(".")[2], norm=norm)
 
 
 def sites(model: nn.Module, family: Family) -> Iterator[tuple[str, nn.Linear]]:

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bc.compensation import BiasCompensation, PositionSums, attach
+from bc.compensation import BiasCompensation, attach
 from bc.errors import UserError
+from bc.linear_map import LinearMap
 from bc.models import submodule
 from bc.positions import PositionContext
 from bc.quantizers.base import SiteResult
+from bc.regularise import LowRank
+from bc.statistics import PositionSums
 from bc.storage import DamagedFileError, pack, read, restore_result, store_result, unpack, write
 
 __all__ = [
@@ -31,6 +34,7 @@ __all__ = [
 FORMAT = "bias-compensation-weights-1"
 MODEL_FORMAT = "bias-compensation-model-1"
 MODEL_FILE = "quantized.safetensors"
+SECOND = "/second"  # after the names of sums of half the samples
 STATE = "state/"  # before the names of tensors that are stored as they are
 
 
@@ -74,8 +78,10 @@ def load_weights(path: Path) -> tuple[dict[str, SiteResult], dict[str, str]]:
 
 def save_means(folder: Path, means: dict[str, PositionSums], metadata: dict[str, str]) -> None:
     """Write sums of inputs by position to ``means.safetensors`` in a folder; complete or not at all."""
-    tensors = {f"{name}.total": sums.total.float() for name, sums in means.items()}
-    tensors |= {f"{name}.count": sums.count.float() for name, sums in means.items()}
+    halves = {f"{name}{SECOND}": sums.second for name, sums in means.items() if sums.second is not None}
+    tensors: dict[str, Tensor] = {}
+    for name, sums in (means | halves).items():
+        tensors |= {f"{name}.total": sums.total.float(), f"{name}.count": sums.count.float()}
     write(folder / "means.safetensors", tensors, {"format": "bias-compensation-means-1", **metadata})
 
 
@@ -93,6 +99,8 @@ def load_means(folder: Path) -> dict[str, PositionSums]:
             sums = PositionSums(*tensors[key].shape)
             sums.total, sums.count = tensors[key].double(), tensors[f"{name}.count"].double()
             out[name] = sums
+    for name in [name for name in out if name.endswith(SECOND)]:
+        out[name.removesuffix(SECOND)].second = out.pop(name)
     return out
 
 
@@ -114,6 +122,8 @@ def save_model(model: nn.Module, folder: Path, tokenizer: Any = None, provenance
     weights = model.__dict__.get("_quantized")
     if not isinstance(weights, dict):
         raise UserError("model: it is not quantized; call bc.quantize first")
+    if any(isinstance(module, LinearMap) for module in model.modules()):
+        raise UserError("checkpoint: linear maps (bc.method=linear) cannot be saved; choose another bc.method")
     config: Any = model.config
     tensors: dict[str, Tensor] = {}
     sites = _store_all(weights, tensors)
@@ -173,7 +183,10 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], sites: dict[str, Any], c
     rest = {key.removeprefix(STATE): value for key, value in tensors.items() if key.startswith(STATE)}
     for name, granularity in compensated.items():
         bias = rest.pop(f"{name}.bias")
-        attach(_module(model, name.rpartition(".")[0]), bias, granularity, context, bias.dtype)
+        table: Tensor | LowRank = bias
+        if f"{name}.left" in rest:
+            table = LowRank(bias, rest.pop(f"{name}.left"), rest.pop(f"{name}.right"))
+        attach(_module(model, name.rpartition(".")[0]), table, granularity, context, bias.dtype)
     for key in [k for k in rest if k.endswith(".bias") and _bare(model, k)]:  # a folded bias where there was none
         _module(model, key.removesuffix(".bias")).bias = nn.Parameter(rest[key], requires_grad=False)
     results = _restore_all(sites, tensors)
@@ -184,7 +197,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], sites: dict[str, Any], c
         rest[f"{name}.weight"] = result.weight.dequantize().to(own.dtype)
     missing, unexpected = model.load_state_dict(rest, strict=False)
     tied = {key for key in missing if key.endswith("lm_head.weight") and model.config.tie_word_embeddings}  # type: ignore[union-attr]
-    absent = [k for k in missing if k not in tied and not k.endswith(".compensation.bias")]
+    absent = [k for k in missing if k not in tied and ".compensation." not in k]
     if absent or unexpected:
         raise ValueError(f"missing {absent[:3]}, unexpected {unexpected[:3]}")
     model.tie_weights()  # type: ignore[operator]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from bc.calibration import Stream
 from bc.chains import Chain
 from bc.compensation import compensation_of, fold
+from bc.linear_map import map_of
 from bc.parts import Captured, find, run_captured, run_fed
 from bc.report import ErrorSums, SiteReport
 from bc.settings import Compensation
@@ -86,19 +87,35 @@ class Measure:
             else:
                 stream.use(b)
                 output = site(*goal.args)
-            self._add(getattr(report, name), stream, goal.output, output, site, layouts.get(key, "tokens"))
+            layout = layouts.get(key, "tokens")
+            added = None if (linear := map_of(site)) is None else linear.extra(got[key].args, got[key].kwargs)
+            self._add(getattr(report, name), stream, goal.output, output, site, layout, added)
         return result
 
     @staticmethod
-    def _add(sums: ErrorSums, stream: Stream, goal: Tensor, output: Tensor, site: nn.Module, layout: str) -> None:
+    def _add(
+        sums: ErrorSums,
+        stream: Stream,
+        goal: Tensor,
+        output: Tensor,
+        site: nn.Module,
+        layout: str,
+        added: Tensor | None,
+    ) -> None:
         child = compensation_of(site)
         target = stream.rows(goal, layout)
-        bias = None if child is None else child.rows(target.shape[1]) if len(child.bias) > 1 else child.bias
+        if added is not None:
+            sums.add(target, stream.rows(output, layout), stream.rows(added, layout), stream.call.valid)
+            return
+        bias = None if child is None else child.bias if child.shared else child.rows(target.shape[1])
         sums.add(target, stream.rows(output, layout), bias, stream.call.valid)
 
 
 def finish(report: SiteReport, module: nn.Module, *, shared: bool = False) -> None:
     """Note a site's bias in its report, and fold it where it folds."""
+    linear = map_of(module)
+    if linear is not None:
+        report.granularity, report.bias_parameters = "linear", linear.size
     child = compensation_of(module)
     if child is None:
         return
@@ -106,6 +123,6 @@ def finish(report: SiteReport, module: nn.Module, *, shared: bool = False) -> No
     if shared:
         return
     bare = getattr(module, "bias", None) is None
-    size = child.bias.numel()
+    size = child.size
     report.folded = fold(module)
     report.bias_parameters = 0 if report.folded and not bare else size

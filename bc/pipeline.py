@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from bc.calibration import Samples, Stream, hooked, on_device
 from bc.chains import Chain, VisionChain, chain_of, check_scopes
-from bc.compensation import PositionSums
 from bc.errors import QuantizationError, UserError
 from bc.fitting import Fit
 from bc.install import install, installed
@@ -27,6 +26,7 @@ from bc.report import Report
 from bc.settings import Compensation
 from bc.site_calibration import calibrate_sites
 from bc.sites import Site, Unit
+from bc.statistics import PositionSums
 
 
 @dataclass(frozen=True)
@@ -55,19 +55,23 @@ def linears(unit: Unit) -> list[tuple[Site, ...]]:
 
 
 @torch.no_grad()
-def float_means(model: nn.Module, samples: Samples, engine: Engine = Engine()) -> dict[str, PositionSums]:
+def float_means(
+    model: nn.Module, samples: Samples, engine: Engine = Engine(), *, halves: bool = False
+) -> dict[str, PositionSums]:
     """Sums of every Linear's inputs by position, on the float model.
 
     Args:
         model: A float model on the CPU.
         samples: Calibration samples (see :func:`bc.calibration.batches`), or images.
         engine: How to run.
+        halves: Keep the sums of half the samples besides, as granularities ``shrink`` and ``lowrank`` need them.
 
     Returns:
         Name of the first Linear of each group that shares an input → sums of its inputs, shape (window, in).
     """
     chain = chain_of(model)
     stream = engine.capture(chain, samples)
+    stream.halves = halves
     means: dict[str, PositionSums] = {}
     for unit in track(chain.units, "float statistics", unit="block"):
         found: dict[str, PositionSums] = {}
@@ -76,8 +80,7 @@ def float_means(model: nn.Module, samples: Samples, engine: Engine = Engine()) -
             with hooked(hooks, inputs=True):
                 stream.advance(unit.module)
         for name, sums in found.items():
-            sums.total, sums.count = sums.total.cpu().float().double(), sums.count.cpu()  # as a file stores them
-            means[name] = sums
+            means[name] = sums.as_stored()
     return means
 
 
@@ -236,7 +239,7 @@ def compensate(
     chain = chain_of(model)
     _require_float(model)
     check_scopes(chain, settings.scope)
-    fit = Fit(chain, settings, engine.capture, set(quantized), means)
+    fit = Fit(chain, settings, engine.capture, quantized, means)
     fit.open_streams(samples, report_calibration, report_held_out)
     reports, storage = [], Storage()
     model.__dict__["_quantized"] = True  # from here on, also where an error leaves it half done
@@ -246,11 +249,12 @@ def compensate(
             for site in unit.sites:
                 if site.name in quantized:
                     install(site.module, quantized[site.name])
-                    storage.add(site, quantized[site.name])
             reports += fit.unit(i, source)
+            for site in (site for site in unit.sites if site.name in quantized):
+                storage.add(site, fit.results[site.name])
     if "model" in settings.scope:
         reports += fit.model_scope(engine.device)
-    model.__dict__["_quantized"] = quantized
+    model.__dict__["_quantized"] = fit.results
     if chain.context is not None:
         chain.context.set(None, None)
     for report in reports:
@@ -279,5 +283,5 @@ class Storage:
 def _bias_bits(chain: Chain, quantized: dict[str, SiteResult]) -> int:
     """Bits of the quantized modules' own biases and of all compensation biases."""
     own = [getattr(site.module, "bias", None) for site in chain.sites if site.name in quantized]
-    added = [b for name, b in chain.model.named_buffers() if name.endswith("compensation.bias")]
+    added = [b for name, b in chain.model.named_buffers() if ".compensation." in f".{name}"]
     return sum(t.numel() * t.element_size() * 8 for t in [*own, *added] if t is not None)

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from bc.calibration import Samples
-from bc.compensation import PositionSums
 from bc.pipeline import Engine, compensate
 from bc.progress import track
 from bc.quantizers.base import SiteResult
 from bc.settings import Compensation
+from bc.statistics import PositionSums
 
 SEARCHED = ("layer", "attention", "mlp", "block", "model")
 

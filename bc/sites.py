@@ -81,6 +81,12 @@ class Unit:
         """All sites, in forward order."""
         return tuple(site for group in self.groups for site in group)
 
+    @property
+    def mean_weights(self) -> int:
+        """Mean number of weights of its sites that have any."""
+        sizes = [w.numel() for site in self.sites if (w := getattr(site.module, "weight", None)) is not None]
+        return sum(sizes) // max(1, len(sizes))
+
     def path(self, site: Site) -> str:
         """Path of a site inside the unit's module."""
         return site.name.removeprefix(f"{self.name}.")

@@ -16,8 +16,9 @@ from filelock import FileLock, Timeout
 from safetensors import safe_open
 
 from bc.checkpoint import DamagedFileError, load_means, load_weights, save_means, save_weights
-from bc.compensation import PositionSums
 from bc.quantizers.base import SiteResult
+from bc.settings import REGULARISED
+from bc.statistics import PositionSums
 from experiments.config import CellConfig
 from experiments.identity import means_hash, weights_hash
 from experiments.store import set_aside
@@ -68,7 +69,8 @@ def float_statistics(
     results: Path, cell: CellConfig, make: Callable[[], dict[str, PositionSums]]
 ) -> Shared[dict[str, PositionSums]]:
     """The float model's sums of inputs by position, made if they are not there; arguments as above."""
-    digits = means_hash(cell)[:DIGITS]
+    halves = cell.bc.granularity in REGULARISED
+    digits = means_hash(cell, halves)[:DIGITS]
 
     def load(path: Path) -> tuple[dict[str, PositionSums], float]:
         means = load_means(path)
@@ -76,7 +78,7 @@ def float_statistics(
             return means, float(file.metadata()["seconds"])
 
     def save(path: Path, means: dict[str, PositionSums], seconds: float) -> None:
-        save_means(path, means, {"seconds": repr(seconds), "identity": means_hash(cell)})
+        save_means(path, means, {"seconds": repr(seconds), "identity": means_hash(cell, halves)})
 
     return _obtain(results / "artefacts" / f"means-{digits}", make, load, save)
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from bc import chains, models, pipeline, quantizers
 from bc import device as devices
 from bc.checkpoint import save_model
-from bc.compensation import PositionSums
 from bc.errors import UserError
 from bc.quantizers.base import SiteResult
 from bc.report import Report
 from bc.scope_search import search_scope
-from bc.settings import Compensation
+from bc.settings import REGULARISED, Compensation
+from bc.statistics import PositionSums
 from experiments.artefacts import Shared, float_statistics, quantized_weights
 from experiments.config import BATCH, CellConfig, RunConfig
 from experiments.data import ImageData
@@ -153,10 +153,13 @@ def quantize(
     calibration = samples.calibration
     quantizer = quantizers.create(cell.quantizer, cell.bits, **cell.options)
     say_short_groups(model, cell)
-    means = None
-    if cell.domain == "text" and ("layer" in settings.scope or settings.searched):
+    means, halves = None, settings.granularity in REGULARISED
+    closed = settings.method == "bias" and ("layer" in settings.scope or settings.searched)
+    if cell.domain == "text" and closed:
         with watch.stage("statistics"):
-            means = float_statistics(run.results, cell, lambda: pipeline.float_means(model, calibration, engine))
+            means = float_statistics(
+                run.results, cell, lambda: pipeline.float_means(model, calibration, engine, halves=halves)
+            )
     with watch.stage("quantize"):
         weights = quantized_weights(
             run.results, cell, lambda: pipeline.calibrate(model, quantizer, calibration, engine)

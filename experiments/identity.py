@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from bc import models, vision
-from bc.settings import KINDS, Compensation, presets
+from bc.settings import KINDS, REGULARISED, Compensation, presets
 from bc.vision.checkpoints import embedded_revision
 from experiments.config import CellConfig
 from experiments.data import ImageData
@@ -69,10 +69,11 @@ def bc_part(bc: Compensation) -> dict[str, Any] | None:
     part = asdict(bc) | {
         "scope": list(bc.scope),
         "kinds": list(bc.kinds),
-        "sink_positions": bc.sink_positions if bc.granularity == "sink" else None,
+        "sink_positions": bc.sink_positions if bc.granularity in ("sink", *REGULARISED) else None,
     }
-    if bc.kinds == KINDS:
-        del part["kinds"]
+    usual = {"kinds": bc.kinds == KINDS, "budget": bc.granularity != "lowrank", "method": bc.method == "bias"}
+    for name in (name for name, left_out in usual.items() if left_out):
+        del part[name]
     return part
 
 
@@ -94,10 +95,11 @@ def weights_hash(cell: CellConfig) -> str:
     return digest({k: full[k] for k in (*names, *(("seed",) if cell.domain == "text" else ()))})
 
 
-def means_hash(cell: CellConfig) -> str:
-    """Identity of the float model's statistics: every quantizer and bit width shares it."""
+def means_hash(cell: CellConfig, halves: bool = False) -> str:
+    """Identity of the float model's statistics: every quantizer and bit width shares it; those by halves are others."""
     full = scientific(cell)
-    return digest({k: full[k] for k in ("schema", "model", "calibration", "seed")})
+    part = {k: full[k] for k in ("schema", "model", "calibration", "seed")}
+    return digest(part | {"halves": True} if halves else part)
 
 
 def with_seed(cell: CellConfig, seed: int) -> CellConfig:
@@ -110,7 +112,8 @@ def bc_label(bc: Compensation, domain: str = "text") -> str:
     for name, preset in presets(vision=domain == "images").items():
         if bc_part(preset) == bc_part(bc):
             return name
-    text = f"{bc.granularity}{bc.sink_positions if bc.granularity == 'sink' and bc.sink_positions > 1 else ''}"
+    text: str = bc.granularity if bc.method == "bias" else bc.method
+    text += str(bc.sink_positions) if bc.granularity in ("sink", *REGULARISED) and bc.sink_positions != 1 else ""
     text += f"-{'+'.join(bc.scope)}-{bc.stream}"
     text += "" if bc.kinds == KINDS else f"-{'+'.join(bc.kinds)}"
     return text if bc.dtype == Compensation().dtype else f"{text}-{bc.dtype}"

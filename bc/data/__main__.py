@@ -20,7 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0, or 2 after a message on standard error.
     """
-    parser = argparse.ArgumentParser(prog="python -m bc.data", description="Fetch the embedded models, texts and images.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bc.data", description="Fetch the embedded models, texts and images."
+    )
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"any of {', '.join(GROUPS)} (default: all)")
     parser.add_argument("--offline", action="store_true", help="download nothing; say what is missing")
     parser.add_argument("--imagenet", metavar="FOLDER", help="only say whether ImageNet is there; '' asks BC_IMAGENET")
