@@ -34,12 +34,14 @@ data: setup ## fetch the embedded models and texts, checked by hash
 	$(RUN) -m bc.data
 
 demo: setup data ## a sweep on real models, text and images, its table and figure (about 8 minutes on 2 cores)
-	$(RUN) -m experiments.run +experiment=demo $(LAUNCH) $(ARGS)
-	@$(RUN) -m experiments.tables demo $(ARGS) > /dev/null
-	@$(RUN) -m experiments.figures demo $(ARGS) > /dev/null
-	@cat results/tables/demo.md
-	@echo 'table:  results/tables/demo.md (.csv, .tex, .html); all results: results/cells.csv'
-	@echo 'figure: results/figures/demo.png (.svg)'
+	@for half in demo demo_vision; do \
+		$(RUN) -m experiments.run +experiment=$$half $(LAUNCH) $(ARGS) \
+		&& $(RUN) -m experiments.tables $$half $(ARGS) > /dev/null \
+		&& $(RUN) -m experiments.figures $$half $(ARGS) > /dev/null || exit; \
+	done
+	@cat results/tables/demo.md results/tables/demo_vision.md
+	@echo 'tables:  results/tables/demo.md and demo_vision.md (.csv, .tex, .html); all results: results/cells.csv'
+	@echo 'figures: results/figures/demo.png and demo_vision.png (.svg)'
 
 test: setup ## run the tests
 	$(RUN) -m pytest
