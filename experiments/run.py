@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bc.errors import UserError
 from experiments.compose import CONFIG_MODULE, CONFIG_NAME, one_line
-from experiments.sweep import CellFailedError, State, exit_code, job
+from experiments.sweep import State, exit_code, job
 
 INTERRUPTED, TERMINATED = 130, 143  # what shells expect after SIGINT and SIGTERM
 
@@ -46,8 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, HydraException, OmegaConfBaseException) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
-    except CellFailedError:
-        return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
         return INTERRUPTED

@@ -14,17 +14,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from bc import device as devices
 from bc.errors import UserError
 from experiments.cell import Outcome, run_cell
 from experiments.compose import job_config
-from experiments.store import read_json, write_json
+from experiments.store import InvalidResultError, read_json, write_json
 
 log = logging.getLogger(__name__)
 OUTCOME = "outcome.json"
-
-
-class CellFailedError(RuntimeError):
-    """A cell failed and ``on_error=raise``."""
+DEVICE = "BC_DEVICE"  # environment variable: the GPU that a process of the local launcher is to use
 
 
 class State:
@@ -44,13 +42,12 @@ class State:
 def job(config: DictConfig) -> None:
     """Run the cell of one Hydra job and leave its outcome in the job's folder."""
     State.ran = True
+    take_device()
     hydra = HydraConfig.get()
     outcome = Outcome("not run") if State.stopped else _run(config, list(hydra.overrides.task))
     write_json(Path(hydra.runtime.output_dir) / OUTCOME, asdict(outcome))
     if outcome.state == "failed" and config.on_error == "raise":
         State.stopped = True
-        if "SUBMITIT_EXECUTOR" in os.environ:  # a process of its own: only an exception reaches the sweep
-            raise CellFailedError(outcome.line)
 
 
 def _run(config: DictConfig, overrides: list[str]) -> Outcome:
@@ -89,7 +86,22 @@ class Collect(Callback):
 
 def collect(folder: Path) -> list[Outcome]:
     """Outcomes below a run's or sweep's folder."""
-    return [Outcome(**read_json(path)) for path in sorted(folder.rglob(OUTCOME))]
+    return [outcome for path in sorted(folder.rglob(OUTCOME)) if (outcome := read_outcome(path))]
+
+
+def read_outcome(path: Path) -> Outcome | None:
+    """The outcome that a job left; None where there is none, or none that can be read."""
+    try:
+        return Outcome(**read_json(path)) if path.exists() else None
+    except (InvalidResultError, TypeError) as error:
+        log.warning("warning: %s: no outcome of a cell (%s)", path, error)
+        return None
+
+
+def take_device() -> None:
+    """Let a process of the local launcher see only the GPU that it was given; before any device is used."""
+    if "SUBMITIT_EXECUTOR" in os.environ and (name := os.environ.get(DEVICE)):
+        devices.restrict(name)
 
 
 def exit_code(outcomes: list[Outcome] | None, say: Callable[[str], None]) -> int:
