@@ -104,6 +104,13 @@ def free_memory_bytes(device: torch.device) -> int | None:
     return None
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a tensor did not fit into the memory of a GPU or of the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # the CPU's allocator
+
+
 def release(device: torch.device) -> None:
     """Give cached blocks back to the device."""
     gc.collect()

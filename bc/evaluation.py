@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from bc import device as devices
 from bc.calibration import capture, logits, on_device
 from bc.chains import block_list
+from bc.diagnosis import first_not_finite
 from bc.errors import UserError
 from bc.models import family_of, submodule
 from bc.pipeline import Engine
@@ -49,7 +50,7 @@ def evaluate_perplexity(model: nn.Module, windows: Tensor, engine: Engine | None
 
     Raises:
         UserError: No windows, windows of one token, or longer than the model's positions.
-        FloatingPointError: A logit is NaN.
+        FloatingPointError: A logit is NaN; by the name of the module where that begins.
     """
     engine = engine or Engine()
     if windows.dim() != 2 or len(windows) == 0 or windows.shape[1] < 2:
@@ -66,7 +67,8 @@ def evaluate_perplexity(model: nn.Module, windows: Tensor, engine: Engine | None
         total = _streamed(model, windows, engine)
     mean = total / len(windows)
     if math.isnan(mean):
-        raise FloatingPointError("the model's logits hold NaN; its weights or biases are not finite")
+        site = first_not_finite(model, windows.split(engine.batch_size)) or "the logits"
+        raise FloatingPointError(f"{site}: the output holds NaN or Inf; check the model's weights, biases and dtype")
     return math.exp(mean) if mean < 700 else math.inf
 
 

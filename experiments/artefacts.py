@@ -21,7 +21,7 @@ from bc.settings import REGULARISED
 from bc.statistics import PositionSums
 from experiments.config import CellConfig
 from experiments.identity import means_hash, weights_hash
-from experiments.store import set_aside
+from experiments.store import remove_leftovers, set_aside
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -97,6 +97,7 @@ def _obtain(
         log.info("  waiting for %s, which another process is making", path.name)
         lock.acquire()
     try:
+        remove_leftovers(path.parent, path.name)
         if path.exists():
             try:
                 return Shared(*load(path), found=True)

@@ -18,6 +18,7 @@ from bc import device as devices
 from bc.errors import UserError
 from experiments.cell import Outcome, run_cell
 from experiments.compose import job_config
+from experiments.disk import one_line_disk_errors
 from experiments.store import InvalidResultError, read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -53,10 +54,10 @@ def job(config: DictConfig) -> None:
 def _run(config: DictConfig, overrides: list[str]) -> Outcome:
     try:
         run = job_config(config, overrides)
+        with one_line_disk_errors():  # before the cell could say "running"
+            outcome = run_cell(run)
     except UserError as error:
         outcome = Outcome("failed", "", str(error), mistake=True)
-    else:
-        outcome = run_cell(run)
     _say(outcome)
     return outcome
 

@@ -31,9 +31,9 @@ class Mirror:
         self._exit_code = 0
 
     def start(self) -> None:
-        """Open the run: id = cell hash, group = experiment."""
+        """Open the run, unless it is open: id = cell hash, group = experiment."""
         settings = self.config.logger
-        if settings.name != "none" and settings.mode != "disabled":
+        if self._run is None and settings.name != "none" and settings.mode != "disabled":
             self._guard(self._open)
 
     def log(self, values: dict[str, Any]) -> None:
