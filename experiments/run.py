@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.argv[1:] = arguments
     sys.argv[1:] = tidy(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes exceptions on instead of printing tracebacks
+    logging.raiseExceptions = False  # a log file on a full disk is no reason for tracebacks
     signal.signal(signal.SIGTERM, _terminated)
     State.reset()
     try:

@@ -18,7 +18,7 @@ from bc import device as devices
 from bc.errors import UserError
 from experiments.cell import Outcome, run_cell
 from experiments.compose import job_config
-from experiments.disk import one_line_disk_errors
+from experiments.disk import disk_error, one_line_disk_errors
 from experiments.store import InvalidResultError, read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -33,11 +33,12 @@ class State:
     stopped: ClassVar[bool] = False  # a cell failed and on_error=raise: the remaining jobs do nothing
     said: ClassVar[set[str]] = set()  # errors that have been told
     ran: ClassVar[bool] = False  # a job was run in this process
+    unwritten: ClassVar[list[Outcome]] = []  # outcomes of this process for which the disk had no room
 
     @classmethod
     def reset(cls) -> None:
         """Forget an earlier sweep of this process."""
-        cls.outcomes, cls.stopped, cls.said, cls.ran = None, False, set(), False
+        cls.outcomes, cls.stopped, cls.said, cls.ran, cls.unwritten = None, False, set(), False, []
 
 
 def job(config: DictConfig) -> None:
@@ -46,7 +47,12 @@ def job(config: DictConfig) -> None:
     take_device()
     hydra = HydraConfig.get()
     outcome = Outcome("not run") if State.stopped else _run(config, list(hydra.overrides.task))
-    write_json(Path(hydra.runtime.output_dir) / OUTCOME, asdict(outcome))
+    try:
+        write_json(Path(hydra.runtime.output_dir) / OUTCOME, asdict(outcome))
+    except OSError as error:
+        if disk_error(error) is None:
+            raise
+        State.unwritten.append(outcome)  # the sweep goes on: what it has to say of the disk has been said
     if outcome.state == "failed" and config.on_error == "raise":
         State.stopped = True
 
@@ -86,8 +92,8 @@ class Collect(Callback):
 
 
 def collect(folder: Path) -> list[Outcome]:
-    """Outcomes below a run's or sweep's folder."""
-    return [outcome for path in sorted(folder.rglob(OUTCOME)) if (outcome := read_outcome(path))]
+    """Outcomes below a run's or sweep's folder, and those that could not be written."""
+    return State.unwritten + [outcome for path in sorted(folder.rglob(OUTCOME)) if (outcome := read_outcome(path))]
 
 
 def read_outcome(path: Path) -> Outcome | None:

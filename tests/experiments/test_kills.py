@@ -40,9 +40,7 @@ def leftovers(workspace: Workspace) -> list[str]:
 def stop(workspace: Workspace, flag: Path, place: str, number: signal.Signals) -> tuple[int, str]:
     """Send a signal to a sweep when its second cell has come to a place; returns its exit status and errors."""
     when = ["bc='off'"] if place in ("calibrating", "writing_artefact") else ["bc=sink"]
-    sweep = faulty.start(
-        tidy(workspace.arguments("llama", *CELLS)), {"place": place, "when": when, "flag": flag}
-    )
+    sweep = faulty.start(tidy(workspace.arguments("llama", *CELLS)), {"place": place, "when": when, "flag": flag})
     faulty.wait_until(flag.exists, sweep)
     sweep.send_signal(number)
     _, errors = sweep.communicate(timeout=faulty.PATIENCE)
