@@ -14,7 +14,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 LAUNCH = $(if $(LAUNCHER),hydra/launcher=$(LAUNCHER))
 
-.PHONY: help setup data demo test lint format sweep status tables clean
+.PHONY: help setup data demo test lint format sweep status tables wandb-sync clean
 .PHONY: reproduce-table1 reproduce-table2 reproduce-table3 reproduce-table4
 
 help: ## list the verbs
@@ -61,6 +61,9 @@ status: setup ## one line a cell of EXPERIMENT, and totals
 
 tables: setup ## rebuild results/cells.csv and EXPERIMENT's table
 	@$(RUN) -m experiments.tables $(EXPERIMENT) $(ARGS)
+
+wandb-sync: setup ## upload to Weights & Biases what cells wrote offline (after `wandb login`)
+	$(RUN) -m experiments.wandb_sync
 
 reproduce-table1: ## run Table 1 (vision) and rebuild it; SUITE=embedded needs no ImageNet
 ifeq ($(SUITE),embedded)

@@ -11,6 +11,7 @@ from bc.errors import UserError
 from experiments.config import LoggerConfig, RunConfig
 from experiments.identity import bc_name, cell_hash, scientific
 from experiments.store import check_result
+from experiments.wandb_sync import remove_superseded, upload_in_background
 
 log = logging.getLogger(__name__)
 TAG_LENGTH = 64  # W&B's limit
@@ -57,6 +58,8 @@ class Mirror:
         if self._run is not None:
             self._guard(lambda: self._run.finish(exit_code=self._exit_code))
             self._run = None
+            if self.config.logger.mode == "online":
+                self._guard(lambda: upload_in_background(self.config.results))
 
     def _open(self) -> None:
         import wandb
@@ -64,17 +67,17 @@ class Mirror:
         run, settings = self.config, self.config.logger
         folder = run.results.absolute()
         folder.mkdir(parents=True, exist_ok=True)  # W&B makes its own folder "wandb" in it
+        remove_superseded(folder, cell_hash(run.cell))
         self._run = wandb.init(
             project=settings.project,
             entity=settings.entity,
-            mode=settings.mode,
+            mode="offline",  # also with mode=online: what is on the disk is uploaded beside the cells
             dir=str(folder),
             id=cell_hash(run.cell),
             name=self.name,
             group=run.experiment,
             tags=self._tags(),
             config=scientific(run.cell),
-            resume="allow" if settings.mode == "online" else None,
             settings=wandb.Settings(silent=True, console="off"),
         )
 
@@ -103,7 +106,8 @@ class Mirror:
         try:
             action()
         except Exception as error:  # rule: the mirror never fails a cell
-            log.warning("warning: W&B: %s; the result files are not affected", " ".join(str(error).split()))
+            reason = " ".join(str(error).split()) or type(error).__name__
+            log.warning("warning: W&B: %s; the result files are not affected", reason)
 
 
 def read_results(settings: LoggerConfig) -> Iterator[dict[str, Any]]:
