@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from bc import device as devices
 from bc.errors import UserError
-from experiments.config import RunConfig
+from experiments.config import BATCH, RunConfig
 from experiments.disk import disk_error
 
 log = logging.getLogger(__name__)
@@ -36,11 +36,12 @@ def with_smaller_batches(run: RunConfig, compute: Callable[[RunConfig], T]) -> T
                 raise known from error
             if not devices.is_out_of_memory(error):
                 raise
-            size = run.engine.batch_size
+            size = run.engine.batch_size or BATCH[run.cell.domain]
             if size == 1:
                 raise UserError(too_small(run)) from error
         else:
-            values[0]["provenance"] |= {"batch_size": run.engine.batch_size, "batch_halvings": halvings}
+            size = run.engine.batch_size or BATCH[run.cell.domain]
+            values[0]["provenance"] |= {"batch_size": size, "batch_halvings": halvings}
             return values
         halvings += 1  # outside the except block, whose traceback keeps the tensors of the attempt alive
         log.info("  out of memory with batches of %d; tries again with %d", size, size // 2)

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bc.errors import UserError
 from experiments.compose import CONFIG_MODULE, CONFIG_NAME, one_line
 from experiments.disk import one_line_disk_errors
+from experiments.secrets import redact, refuse_secrets
 from experiments.sweep import State, exit_code, job
 
 INTERRUPTED, TERMINATED = 130, 143  # what shells expect after SIGINT and SIGTERM
@@ -45,10 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminated)
     State.reset()
     try:
+        refuse_secrets(sys.argv[1:])
         with one_line_disk_errors():
             hydra_main()
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {redact(str(one_line(error)))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from experiments.disk import one_line_disk_errors
 from experiments.identity import SCHEMA, digest
+from experiments.secrets import redact
 
 log = logging.getLogger(__name__)
 
@@ -158,9 +159,9 @@ class CellStore:
             "updated": now,
         }
         if error is not None:
-            status["error"] = " ".join(str(error).split()) or type(error).__name__
+            status["error"] = redact(" ".join(str(error).split())) or type(error).__name__
             status["kind"] = type(error).__name__
-            status["traceback"] = "".join(traceback.format_exception(error))
+            status["traceback"] = redact("".join(traceback.format_exception(error)))
         try:
             write_json(self.folder / STATUS, status)
         except OSError as failure:

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from bc.errors import UserError
 from experiments.cell import Outcome, run_cell
 from experiments.compose import job_config
 from experiments.disk import disk_error, one_line_disk_errors
+from experiments.secrets import redact
 from experiments.store import InvalidResultError, read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ def _run(config: DictConfig, overrides: list[str]) -> Outcome:
             outcome = run_cell(run)
     except UserError as error:
         outcome = Outcome("failed", "", str(error), mistake=True)
+    outcome = replace(outcome, line=redact(outcome.line))
     _say(outcome)
     return outcome
 

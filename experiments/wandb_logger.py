@@ -10,6 +10,7 @@ from typing import Any
 from bc.errors import UserError
 from experiments.config import LoggerConfig, RunConfig
 from experiments.identity import bc_name, cell_hash, scientific
+from experiments.secrets import redact
 from experiments.store import check_result
 from experiments.wandb_sync import remove_superseded, upload_in_background
 
@@ -51,7 +52,7 @@ class Mirror:
         """Mark the run as failed."""
         self._exit_code = 1
         if self._run is not None:
-            self._guard(lambda: self._run.summary.update({"error": str(error)}))
+            self._guard(lambda: self._run.summary.update({"error": redact(str(error))}))
 
     def finish(self) -> None:
         """Close the run."""
@@ -106,7 +107,7 @@ class Mirror:
         try:
             action()
         except Exception as error:  # rule: the mirror never fails a cell
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = redact(" ".join(str(error).split())) or type(error).__name__
             log.warning("warning: W&B: %s; the result files are not affected", reason)
 
 

@@ -22,7 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from bc import pipeline, storage
-from experiments import cell, run, store, sweep
+from experiments import language, run, store, sweep
 from experiments.compose import CONFIG_MODULE, CONFIG_NAME
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +57,7 @@ def calibrating(flag: Path) -> None:
 
 
 def evaluating(flag: Path) -> None:
-    before(cell, "evaluate_perplexity", flag)
+    before(language, "evaluate_perplexity", flag)
 
 
 def writing_result(flag: Path) -> None:

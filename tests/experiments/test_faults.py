@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import cell, status, store, tables
+from experiments import cell, language, status, store, tables
 from experiments.run import tidy
 from tests.conftest import tiny_model
 from tests.experiments.conftest import Workspace, make_tokenizer
@@ -181,14 +181,15 @@ def test_full_disk(
             disk.fill()
         else:
             name = LATE[moment]
-            original = getattr(cell, name)
+            module = language if moment == "result" else cell
+            original = getattr(module, name)
 
-            def late(*arguments: Any) -> Any:
-                value = None if moment != "result" else original(*arguments)
+            def late(*arguments: Any, **more: Any) -> Any:
+                value = None if moment != "result" else original(*arguments, **more)
                 disk.fill()
-                return value if moment == "result" else original(*arguments)
+                return value if moment == "result" else original(*arguments, **more)
 
-            patch.setattr(cell, name, late)
+            patch.setattr(module, name, late)
         assert workspace.run(*RTN) == 2
     line = one_line(capsys)
     assert line.startswith("error: results_dir: no space left on the disk")
@@ -220,8 +221,8 @@ def test_read_only_results(shared: Path, disk: Disk, capsys: pytest.CaptureFixtu
 # every sample needs 256 MiB more: with 800 MiB to spare, the allocator refuses batches of 4 and gives those of 2
 SMALL_MACHINE = """
 import resource, sys, torch
-from experiments import cell, run
-evaluate, each, spare = cell.evaluate_perplexity, 2**28, int(sys.argv.pop(1))
+from experiments import language, run
+evaluate, each, spare = language.evaluate_perplexity, 2**28, int(sys.argv.pop(1))
 def hungry(model, windows, engine):
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
@@ -231,7 +232,7 @@ def hungry(model, windows, engine):
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
     return evaluate(model, windows, engine)
-cell.evaluate_perplexity = hungry
+language.evaluate_perplexity = hungry
 sys.exit(run.main())
 """
 
@@ -264,14 +265,14 @@ def test_out_of_memory_with_single_samples_fails_with_advice(workspace: Workspac
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_out_of_memory_on_a_gpu(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = cell.evaluate_perplexity
+    original = language.evaluate_perplexity
 
     def hungry(model: Any, windows: Any, engine: Any) -> float:
         free, _ = torch.cuda.mem_get_info()
         torch.empty(engine.batch_size * free // 3, dtype=torch.uint8, device=engine.device)
         return original(model, windows, engine)
 
-    monkeypatch.setattr(cell, "evaluate_perplexity", hungry)
+    monkeypatch.setattr(language, "evaluate_perplexity", hungry)
     overrides = [a for a in workspace.arguments("llama", *RTN) if not a.startswith("engine.device")]
     assert cell_main([*overrides, "engine.device=cuda"]) == 0
     assert read(workspace)["provenance"]["batch_size"] == 2

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from bc.errors import QuantizationError
-from experiments import cell, tables, wandb_sync
+from experiments import language, tables, wandb_sync
 from experiments.run import main, tidy
 from tests.experiments import faulty
 from tests.experiments.conftest import Workspace
@@ -73,7 +73,9 @@ def test_a_cell_that_ran_again_is_one_run(workspace: Workspace, monkeypatch: pyt
 
         def fail() -> None:
             with monkeypatch.context() as patch:
-                patch.setattr(cell, "evaluate_perplexity", lambda *_: (_ for _ in ()).throw(QuantizationError("no")))
+                patch.setattr(
+                    language, "evaluate_perplexity", lambda *_: (_ for _ in ()).throw(QuantizationError("no"))
+                )
                 assert workspace.run(*CELL) == 1
 
         fail()
