@@ -14,7 +14,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 LAUNCH = $(if $(LAUNCHER),hydra/launcher=$(LAUNCHER))
 
-.PHONY: help setup data demo test lint format sweep status tables wandb-sync clean
+.PHONY: help setup data demo test lint audit format sweep status tables wandb-sync clean
 .PHONY: reproduce-table1 reproduce-table2 reproduce-table3 reproduce-table4
 
 help: ## list the verbs
@@ -48,6 +48,10 @@ lint: setup ## check style and types
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
+
+audit: setup ## compare requirements.lock with the known vulnerabilities (needs the internet)
+	$(RUN) -m venv --clear .audit && .audit/bin/pip install --quiet pip-audit
+	.audit/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip --strict; status=$$?; rm -rf .audit; exit $$status
 
 format: setup ## put the code into the project's style
 	$(VENV)/bin/ruff check --fix

@@ -10,12 +10,10 @@ from collections.abc import Sequence
 from types import FrameType
 
 import hydra
-from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from bc.errors import UserError
-from experiments.compose import CONFIG_MODULE, CONFIG_NAME, one_line
+from experiments.compose import CONFIG_MODULE, CONFIG_NAME, from_hydra, one_line
 from experiments.disk import one_line_disk_errors
 from experiments.secrets import redact, refuse_secrets
 from experiments.sweep import State, exit_code, job
@@ -49,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         refuse_secrets(sys.argv[1:])
         with one_line_disk_errors():
             hydra_main()
-    except (UserError, HydraException, OmegaConfBaseException) as error:
+    except Exception as error:
+        if not isinstance(error, UserError) and not from_hydra(error):
+            raise
         print(f"error: {redact(str(one_line(error)))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
