@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,9 @@ from experiments.sweep import DEVICE, OUTCOME, Outcome, read_outcome
 log = logging.getLogger(__name__)
 
 POLL = 0.2  # seconds between looks at the local processes
+LOOK = 15.0  # seconds between looks at Slurm's queue, where there is no accounting
+GOING_ON = {"PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING"}
+GOING_ON |= {"STAGE_OUT", "PREEMPTED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"}
 EXECUTOR_ARGUMENTS = ("max_num_timeout",)
 
 
@@ -74,12 +78,35 @@ def run_on_slurm(launcher: Any, overrides: Sequence[Sequence[str]], first: int) 
     jobs = executor.map_array(launcher, *zip(*arguments, strict=True))
     log.info("Slurm array %s: %d cells", jobs[0].job_id.partition("_")[0], len(jobs))
     for number, job in enumerate(jobs, first):
-        job.wait()
+        wait_for_slurm(job)
         if not collect(launcher, job, number):
             for later in jobs[number - first + 1 :]:
                 later.cancel(check=False)
             break
     return [nothing(own) for own in overrides]
+
+
+def wait_for_slurm(job: Any) -> None:
+    """Wait until a job has left its result, or is over without one.
+
+    Submitit asks Slurm's accounting what became of a job; where there is none, the queue is asked here.
+    """
+    over, looked = False, time.monotonic()
+    while not job.done():
+        time.sleep(1)
+        if job.state == "UNKNOWN" and time.monotonic() - looked >= LOOK:
+            before, over, looked = over, is_over(job.job_id), time.monotonic()
+            if before and over:  # still so at a second look: nobody has requeued it
+                return
+
+
+def is_over(job: str) -> bool:
+    """Whether Slurm's queue says that a job will not run on."""
+    command = ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    if found.returncode:
+        return "Invalid job id" in found.stderr  # forgotten by Slurm; any other error says nothing of the job
+    return not set(found.stdout.split()) & GOING_ON
 
 
 def make_executor(launcher: Any) -> Any:

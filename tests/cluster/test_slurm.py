@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -107,3 +108,21 @@ def test_a_cancelled_and_a_preempted_cell_complete(slurm: dict[str, str], worksp
     assert plain.run(*CELLS) == 0
     assert len(metrics(workspace)) == 4
     assert metrics(workspace) == metrics(plain)
+
+
+def test_a_job_that_dies_is_one_failed_cell(slurm: dict[str, str], workspace: Workspace, tmp_path: Path) -> None:
+    """There is no accounting here: what became of the job has to be learnt from the queue."""
+    cells, flag = ("-m", "quantizer=rtn", "bits=w3,w4", "bc=sink"), tmp_path / "flag"
+    fault = {"place": "evaluating", "when": ["bits=w3"], "flag": flag}
+    sweep = faulty.start(tidy(workspace.arguments("llama", *cells, *SLURM)), fault, **slurm)
+    try:
+        process = faulty.wait_until(lambda: flag.exists() and flag.read_text(), sweep)
+        os.kill(int(process), signal.SIGKILL)
+        output, errors = sweep.communicate(timeout=faulty.PATIENCE)
+    finally:
+        sweep.kill()
+    assert sweep.returncode == 1, errors
+    assert "cell 0 of the sweep: its process died" in output
+    assert "1 complete, 1 failed" in output
+    assert workspace.run(*cells) == 0
+    assert len(metrics(workspace)) == 2
