@@ -21,7 +21,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 from bc.errors import UserError, unknown
 from experiments.config import RunConfig, run_config
 
-HYDRAS = ("hydra", "omegaconf", "antlr4", "yaml")
+HYDRAS, OURS = ("hydra", "omegaconf", "antlr4", "yaml"), ("experiments", "bc")
 CONFIG_MODULE, CONFIG_NAME = "conf", "config"
 AXES = ("model", "quantizer", "bits", "bc", "data", "seed")  # order of a product, first varies slowest
 
@@ -173,8 +173,9 @@ def from_hydra(error: BaseException) -> bool:
     """Whether Hydra, OmegaConf or their parser raised an error; not all of theirs are of their own classes."""
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return True
-    frames = list(traceback.walk_tb(error.__traceback__))
-    return bool(frames) and frames[-1][0].f_globals.get("__name__", "").partition(".")[0] in HYDRAS
+    names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    packages = [name.partition(".")[0] for name in names]
+    return next((p in HYDRAS for p in reversed(packages) if p in HYDRAS or p in OURS), False)
 
 
 def one_line(error: BaseException) -> UserError:
