@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,13 +13,24 @@ class _FoundError(Exception):
     """Ends the forward pass."""
 
 
+def not_finite(model: nn.Module, forwards: Iterable[Callable[[], Any]]) -> FloatingPointError:
+    """The error for a model that was seen to put out NaN; it names the place where that begins.
+
+    Args:
+        model: The model.
+        forwards: Forward passes of it; as in :func:`first_not_finite`.
+    """
+    site = first_not_finite(model, forwards) or "the logits"
+    return FloatingPointError(f"{site}: the output holds NaN or Inf; check the model's weights, biases and dtype")
+
+
 @torch.no_grad()
-def first_not_finite(model: nn.Module, batches: Iterable[Tensor]) -> str | None:
+def first_not_finite(model: nn.Module, forwards: Iterable[Callable[[], Any]]) -> str | None:
     """Name of the first module, in forward order, whose output holds NaN or Inf.
 
     Args:
-        model: On the device of the batches.
-        batches: Token ids, shape (batch, tokens); tried in turn until one shows it.
+        model: The model.
+        forwards: Forward passes of it, tried in turn until one shows it.
 
     Returns:
         The module's dotted name, or None where all outputs are finite.
@@ -36,9 +47,9 @@ def first_not_finite(model: nn.Module, batches: Iterable[Tensor]) -> str | None:
 
     handles = [m.register_forward_hook(look(n)) for n, m in model.named_modules() if n and not list(m.children())]
     try:
-        for ids in batches:
+        for forward in forwards:
             try:
-                model(input_ids=ids, use_cache=False)
+                forward()
             except _FoundError:
                 return found[0]
     finally:

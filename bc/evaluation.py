@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from bc import device as devices
 from bc.calibration import capture, logits, on_device
 from bc.chains import block_list
-from bc.diagnosis import first_not_finite
+from bc.diagnosis import not_finite
 from bc.errors import UserError
 from bc.models import family_of, submodule
 from bc.pipeline import Engine
@@ -67,8 +68,8 @@ def evaluate_perplexity(model: nn.Module, windows: Tensor, engine: Engine | None
         total = _streamed(model, windows, engine)
     mean = total / len(windows)
     if math.isnan(mean):
-        site = first_not_finite(model, windows.split(engine.batch_size)) or "the logits"
-        raise FloatingPointError(f"{site}: the output holds NaN or Inf; check the model's weights, biases and dtype")
+        parts = windows.split(engine.batch_size)
+        raise not_finite(model, (partial(model, input_ids=ids, use_cache=False) for ids in parts))
     return math.exp(mean) if mean < 700 else math.inf
 
 
@@ -133,7 +134,7 @@ def evaluate_accuracy(
 
     Raises:
         UserError: There are no images.
-        FloatingPointError: A logit is NaN.
+        FloatingPointError: A logit is NaN; by the name of the module where that begins.
     """
     engine = engine or Engine()
     first = five = samples = 0
@@ -144,7 +145,7 @@ def evaluate_accuracy(
             scores = model(images.to(engine.device, dtype)).float()
             labels = labels.to(engine.device)
             if bool(scores.isnan().any()):
-                raise FloatingPointError("the model's logits hold NaN; its weights or biases are not finite")
+                raise not_finite(model, [partial(model, images.to(engine.device, dtype))])
             ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
             first += int(ranked[:, 0].sum())
             five += int(ranked.any(1).sum())

@@ -161,14 +161,18 @@ def test_the_table_from_wandb_is_the_table_from_files(
 ) -> None:
     """Over HTTP, by way of the client: uploaded runs give the cells.csv that the result files give."""
     run = [a for a in workspace.arguments("llama", "data=llm") if not a.startswith(("results_dir", "logger"))]
-    assert main(["+experiment=demo", "cell=0,2", *run, f"results_dir={workspace.results}", "logger=wandb"]) == 0
+    assert (
+        main(["+experiment=table2_embedded", "cell=0,2", *run, f"results_dir={workspace.results}", "logger=wandb"]) == 0
+    )
     assert len(workspace.cells()) == 2
     other = tmp_path / "other"
     with serve() as backend:
         monkeypatch.setenv("WANDB_BASE_URL", backend.url)
         assert wandb_sync.main(["--results", str(workspace.results)]) == 0
         for results, source in ((workspace.results, "files"), (other, "wandb")):
-            arguments = ["demo", *run, "--results", str(results), "--from", source]
+            arguments = ["table2_embedded", *run, "--results", str(results), "--from", source]
             assert tables.main(arguments) == 0
     assert (other / "cells.csv").read_bytes() == (workspace.results / "cells.csv").read_bytes()
-    assert (other / "tables" / "demo.md").read_bytes() == (workspace.results / "tables" / "demo.md").read_bytes()
+    assert (other / "tables" / "table2_embedded.md").read_bytes() == (
+        workspace.results / "tables" / "table2_embedded.md"
+    ).read_bytes()
