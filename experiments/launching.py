@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from bc import device as devices
 from bc.errors import UserError
 from experiments.store import write_json
-from experiments.sweep import DEVICE, OUTCOME, Outcome, read_outcome
+from experiments.sweep import DEVICE, OUTCOME, Outcome, read_outcome, say
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def collect(launcher: Any, job: Any, number: int) -> bool:
         line = f"cell {number} of the sweep: its process died or was killed; run the sweep again, or see {log_of(job)}"
         outcome = Outcome("failed", "", line)
         write_json(folder / OUTCOME, asdict(outcome))
-    log.info("%s", outcome.line)
+    say(outcome)
     return outcome.state != "failed" or config.on_error != "raise"
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 import hydra
+from hydra.core.plugins import Plugins
 from omegaconf import DictConfig
 
 from bc.errors import UserError
@@ -17,6 +18,7 @@ from experiments.compose import CONFIG_MODULE, CONFIG_NAME, from_hydra, one_line
 from experiments.disk import one_line_disk_errors
 from experiments.secrets import redact, refuse_secrets
 from experiments.sweep import State, exit_code, job
+from hydra_plugins.bias_compensation import launchers
 
 INTERRUPTED, TERMINATED = 130, 143  # what shells expect after SIGINT and SIGTERM
 
@@ -43,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.raiseExceptions = False  # a log file on a full disk is no reason for tracebacks
     signal.signal(signal.SIGTERM, _terminated)
     State.reset()
+    register_launchers()
     try:
         refuse_secrets(sys.argv[1:])
         with one_line_disk_errors():
@@ -58,6 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if State.outcomes is None and not State.ran:  # --help, --cfg and the like
         return 0
     return exit_code(State.outcomes, print)
+
+
+def register_launchers() -> None:
+    """Make our launchers known to Hydra, which by itself looks in the current folder and among installed packages."""
+    for name in ("LocalLauncher", "SlurmLauncher"):
+        if found := getattr(launchers, name, None):  # absent without the extra "cluster"
+            Plugins.instance().register(found)
 
 
 def tidy(arguments: Sequence[str]) -> list[str]:

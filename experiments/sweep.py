@@ -66,11 +66,12 @@ def _run(config: DictConfig, overrides: list[str]) -> Outcome:
     except UserError as error:
         outcome = Outcome("failed", "", str(error), mistake=True)
     outcome = replace(outcome, line=redact(outcome.line))
-    _say(outcome)
+    say(outcome)
     return outcome
 
 
-def _say(outcome: Outcome) -> None:
+def say(outcome: Outcome) -> None:
+    """Tell what came of a cell."""
     if outcome.state != "failed":
         log.info("%s", outcome.line)
         return

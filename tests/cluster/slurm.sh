@@ -10,7 +10,7 @@ host=$(hostname -s)
 user=$(id -un)
 
 configure() {
-	local port=$((20000 + RANDOM % 20000))
+	local port=$((20000 + RANDOM % 12000))
 	mkdir -p "$folder/state" "$folder/spool"
 	chmod a+x "$folder" # munged wants its socket to be within everyone's reach
 	cat > "$folder/slurm.conf" <<-CONF

@@ -122,7 +122,7 @@ def test_a_job_that_dies_is_one_failed_cell(slurm: dict[str, str], workspace: Wo
     finally:
         sweep.kill()
     assert sweep.returncode == 1, errors
-    assert "cell 0 of the sweep: its process died" in output
+    assert "error: cell 0 of the sweep: its process died" in errors
     assert "1 complete, 1 failed" in output
     assert workspace.run(*cells) == 0
     assert len(metrics(workspace)) == 2

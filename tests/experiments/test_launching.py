@@ -29,7 +29,7 @@ def test_a_killed_job_is_one_failed_cell(workspace: Workspace, tmp_path: Path) -
     os.kill(int(process), signal.SIGKILL)
     output, errors = sweep.communicate(timeout=faulty.PATIENCE)
     assert sweep.returncode == 1
-    assert "cell 0 of the sweep: its process died" in output
+    assert "error: cell 0 of the sweep: its process died" in errors
     assert "1 complete, 1 failed" in output
     assert "Traceback" not in errors
     assert states(workspace) == {"w3": "running", "w4": "complete"}

@@ -21,7 +21,7 @@ from experiments.store import RESULT, all_results
 from tests.experiments.conftest import Workspace
 
 ROOT = Path(__file__).parents[2]
-CELLS, PROCESSES, KILLS = (int(x) for x in os.environ.get("BC_LOAD", "12,2,2").split(","))
+CELLS, PROCESSES, KILLS = (int(x) for x in os.environ.get("BC_LOAD", "8,2,2").split(","))
 
 
 class Watch:
