@@ -14,7 +14,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 LAUNCH = $(if $(LAUNCHER),hydra/launcher=$(LAUNCHER))
 
-.PHONY: help setup data demo test lint format sweep status tables clean
+.PHONY: help setup data demo test lint audit format sweep status tables wandb-sync clean
 .PHONY: reproduce-table1 reproduce-table2 reproduce-table3 reproduce-table4
 
 help: ## list the verbs
@@ -51,6 +51,10 @@ lint: setup ## check style and types
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
+audit: setup ## compare requirements.lock with the known vulnerabilities (needs the internet)
+	$(RUN) -m venv --clear .audit && .audit/bin/pip install --quiet pip-audit
+	.audit/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip --strict; status=$$?; rm -rf .audit; exit $$status
+
 format: setup ## put the code into the project's style
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
@@ -63,6 +67,9 @@ status: setup ## one line a cell of EXPERIMENT, and totals
 
 tables: setup ## rebuild results/cells.csv and EXPERIMENT's table
 	@$(RUN) -m experiments.tables $(EXPERIMENT) $(ARGS)
+
+wandb-sync: setup ## upload to Weights & Biases what cells wrote offline (after `wandb login`)
+	$(RUN) -m experiments.wandb_sync
 
 reproduce-table1: ## run Table 1 (vision) and rebuild it; SUITE=embedded needs no ImageNet
 ifeq ($(SUITE),embedded)

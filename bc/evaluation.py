@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from bc import device as devices
 from bc.calibration import capture, logits, on_device
 from bc.chains import block_list
+from bc.diagnosis import not_finite
 from bc.errors import UserError
 from bc.models import family_of, submodule
 from bc.pipeline import Engine
@@ -49,7 +51,7 @@ def evaluate_perplexity(model: nn.Module, windows: Tensor, engine: Engine | None
 
     Raises:
         UserError: No windows, windows of one token, or longer than the model's positions.
-        FloatingPointError: A logit is NaN.
+        FloatingPointError: A logit is NaN; by the name of the module where that begins.
     """
     engine = engine or Engine()
     if windows.dim() != 2 or len(windows) == 0 or windows.shape[1] < 2:
@@ -66,7 +68,8 @@ def evaluate_perplexity(model: nn.Module, windows: Tensor, engine: Engine | None
         total = _streamed(model, windows, engine)
     mean = total / len(windows)
     if math.isnan(mean):
-        raise FloatingPointError("the model's logits hold NaN; its weights or biases are not finite")
+        parts = windows.split(engine.batch_size)
+        raise not_finite(model, (partial(model, input_ids=ids, use_cache=False) for ids in parts))
     return math.exp(mean) if mean < 700 else math.inf
 
 
@@ -131,7 +134,7 @@ def evaluate_accuracy(
 
     Raises:
         UserError: There are no images.
-        FloatingPointError: A logit is NaN.
+        FloatingPointError: A logit is NaN; by the name of the module where that begins.
     """
     engine = engine or Engine()
     first = five = samples = 0
@@ -142,7 +145,7 @@ def evaluate_accuracy(
             scores = model(images.to(engine.device, dtype)).float()
             labels = labels.to(engine.device)
             if bool(scores.isnan().any()):
-                raise FloatingPointError("the model's logits hold NaN; its weights or biases are not finite")
+                raise not_finite(model, [partial(model, images.to(engine.device, dtype))])
             ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
             first += int(ranked[:, 0].sum())
             five += int(ranked.any(1).sum())

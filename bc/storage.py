@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import fields
@@ -175,13 +176,23 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
     try:
         temporary = folder / path.name
-        save_file(tensors, str(temporary), {**metadata, "content": content_hash(tensors, metadata)})
+        _save(tensors, temporary, {**metadata, "content": content_hash(tensors, metadata)})
         temporary.chmod(0o666 & ~_umask())  # readable by those who share the folder, as any new file is
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.replace(path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Save, with an error of the system (a full disk, say) raised as one."""
+    try:
+        save_file(tensors, str(path), metadata)
+    except SafetensorError as error:
+        if found := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        raise
 
 
 def _umask() -> int:

@@ -21,11 +21,12 @@ from bc.settings import REGULARISED
 from bc.statistics import PositionSums
 from experiments.config import CellConfig
 from experiments.identity import means_hash, weights_hash
-from experiments.store import set_aside
+from experiments.store import remove_leftovers, set_aside
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 DIGITS = 16  # of the hash, in file names
+MEANS_FILE = "means.safetensors"
 
 
 @dataclass
@@ -74,7 +75,7 @@ def float_statistics(
 
     def load(path: Path) -> tuple[dict[str, PositionSums], float]:
         means = load_means(path)
-        with safe_open(str(path / "means.safetensors"), framework="pt") as file:
+        with safe_open(str(path / MEANS_FILE), framework="pt") as file:
             return means, float(file.metadata()["seconds"])
 
     def save(path: Path, means: dict[str, PositionSums], seconds: float) -> None:
@@ -97,6 +98,11 @@ def _obtain(
         log.info("  waiting for %s, which another process is making", path.name)
         lock.acquire()
     try:
+        remove_leftovers(path.parent, path.name)
+        if path.is_dir():
+            remove_leftovers(path, MEANS_FILE)
+            if not any(path.iterdir()):  # it was never finished
+                path.rmdir()
         if path.exists():
             try:
                 return Shared(*load(path), found=True)

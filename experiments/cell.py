@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bc import chains, models, pipeline, quantizers
 from bc import device as devices
-from bc.checkpoint import save_model
+from bc.checkpoint import MODEL_FILE, save_model
 from bc.errors import UserError
 from bc.quantizers.base import SiteResult
 from bc.report import Report
@@ -21,6 +21,7 @@ from bc.scope_search import search_scope
 from bc.settings import REGULARISED, Compensation
 from bc.statistics import PositionSums
 from experiments.artefacts import Shared, float_statistics, quantized_weights
+from experiments.attempts import with_smaller_batches
 from experiments.config import BATCH, CellConfig, RunConfig
 from experiments.data import ImageData
 from experiments.identity import SCHEMA, bc_name, cell_hash, scientific, slug
@@ -53,7 +54,7 @@ def run_cell(run: RunConfig) -> Outcome:
     """Run a cell unless it is complete or another process is at it; failures are recorded, not raised."""
     name = slug(run.cell)
     store = CellStore(run.results, name, cell_hash(run.cell))
-    keep = run.save_model and not run.cell.is_float and not checkpoint_folder(run).is_dir()
+    keep = run.save_model and not run.cell.is_float and not (checkpoint_folder(run) / MODEL_FILE).is_file()
     if (done := store.result()) and not keep:
         return Outcome("skipped", name, f"{name}: complete already, {metrics_line(done)}")
     with store.lock() as free:
@@ -72,7 +73,7 @@ def _run_locked(run: RunConfig, store: CellStore) -> Outcome:
     log.info("%s: starts", store.slug)
     mirror = Mirror(run, store.slug)
     try:
-        result, sites = compute(run, mirror)
+        result, sites = with_smaller_batches(run, lambda attempt: compute(attempt, mirror))
         store.commit(result, sites)
         mirror.complete(result, sites)
     except Exception as error:

@@ -197,7 +197,7 @@ def quantizer_options(name: Any, bits: Bits, options: dict[str, Any], domain: st
         if options:
             raise unknown("quantizer.none option", next(iter(options)), ["(none)"])
         return {}
-    if name not in quantizers.available():
+    if not isinstance(name, str) or name not in quantizers.available():
         raise unknown("quantizer.name", name, [FLOAT, *quantizers.available()])
     if quantizers.available()[name].kind == "weight_activation" and domain == "text":
         raise UserError(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bc.errors import UserError
+from experiments.disk import one_line_disk_errors
 from experiments.identity import bc_name
 from experiments.published import method_name
 from experiments.tables import Line, stored_lines
@@ -105,11 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     try:
         figure = draw(*stored_lines(options.experiment, options.overrides, options.results))
+        with one_line_disk_errors("--results"):
+            for path in save(figure, options.results / "figures" / options.experiment):
+                print(path)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for path in save(figure, options.results / "figures" / options.experiment):
-        print(path)
     return 0
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -126,7 +127,7 @@ def bc_name(cell: CellConfig) -> str:
 
 def slug(cell: CellConfig) -> str:
     """Readable name of a cell's folder: settings, then the first 8 digits of the hash."""
-    model = cell.model.name.replace("/", "_")
+    model = re.sub(r"[^\w.+-]", "_", cell.model.name, flags=re.ASCII).lstrip(".")[:80]  # one folder, below ours
     if cell.is_float:
         parts = [model, "float"]
     else:

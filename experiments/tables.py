@@ -19,6 +19,7 @@ from bc.errors import UserError
 from experiments.compose import load_experiment
 from experiments.config import CellConfig, RunConfig
 from experiments.data import ImageEvaluation
+from experiments.disk import one_line_disk_errors
 from experiments.identity import cell_hash, slug, with_seed
 from experiments.published import Published, PublishedTable
 from experiments.records import FILE, Row, merge, read_rows, rows_of, write_rows
@@ -171,8 +172,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        for path in rebuild(options.experiment, options.overrides, options.results, options.source):
-            print(path)
+        with one_line_disk_errors("--results"):
+            for path in rebuild(options.experiment, options.overrides, options.results, options.source):
+                print(path)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import sys
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from bc.errors import UserError
+from bc.errors import UserError, pickled
 
 ASSETS = Path(__file__).parents[1] / "data" / "assets"
 ENDINGS = (".safetensors", ".bin", ".pt", ".pth")
@@ -46,6 +47,8 @@ def read_into(model: nn.Module, path: Path) -> None:
 
     try:
         state = load_state_dict(str(path), use_ema=False, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise pickled("model.path", path) from error
     except Exception as error:  # torch's, pickle's and safetensors' errors share no other base
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model.path: {str(path)!r} cannot be read ({reason}); give the model's checkpoint") from error
