@@ -76,7 +76,7 @@ def quantize(
     if is_vision(model):
         vision.wrap(model)
     if settings.searched:
-        raise UserError("bc: 'search' needs a score; call bc.scope_search.search_scope, or name the scope")
+        raise UserError("bc: search and auto need a score; call bc.choice.choose, or name the settings")
     check_scopes(chain_of(model), settings.scope)
     engine = Engine(devices.resolve(device), batch_size)
     method = quantizers.create(quantizer, Bits.parse(bits), **options)

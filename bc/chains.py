@@ -13,7 +13,7 @@ from bc.calibration import Samples, Stream, capture, capture_images, logits
 from bc.errors import UserError
 from bc.models import Family, submodule
 from bc.positions import PositionContext
-from bc.settings import SCOPES, SEARCH
+from bc.settings import AUTO, SCOPES, SEARCH
 from bc.sites import Site, Unit
 
 
@@ -165,7 +165,7 @@ def check_scopes(chain: Chain, scopes: tuple[str, ...]) -> None:
         UserError: The first of them, and those that there are.
     """
     for scope in scopes:
-        if scope not in (*chain.scopes, SEARCH):
+        if scope not in (*chain.scopes, SEARCH, AUTO):
             raise UserError(
                 f"bc.scope: there is no {scope!r} in a {type(chain.model).__name__}; allowed: {', '.join(chain.scopes)}"
             )

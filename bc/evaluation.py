@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -53,24 +53,34 @@ def evaluate_perplexity(model: nn.Module, windows: Tensor, engine: Engine | None
         UserError: No windows, windows of one token, or longer than the model's positions.
         FloatingPointError: A logit is NaN; by the name of the module where that begins.
     """
+    return perplexity_of(window_losses(model, windows, engine))
+
+
+def perplexity_of(losses: Sequence[float]) -> float:
+    """Perplexity from the mean cross-entropy of each window; infinite where it overflows."""
+    mean = math.fsum(losses) / len(losses)
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+@torch.no_grad()
+def window_losses(model: nn.Module, windows: Tensor, engine: Engine | None = None) -> list[float]:
+    """Mean cross-entropy of tokens 2 … T of every window; arguments and errors as :func:`evaluate_perplexity`."""
     engine = engine or Engine()
     if windows.dim() != 2 or len(windows) == 0 or windows.shape[1] < 2:
         raise UserError(f"data: windows of shape {tuple(windows.shape)} cannot be scored; give (windows, 2 or more)")
     check_window(model, windows.shape[1])
-    total = 0.0
+    losses: list[float] = []
+    parts = windows.split(engine.batch_size)
     if _fits(model, engine.device):
         with on_device(engine.device, model):
-            parts = windows.split(engine.batch_size)
             for ids in track(parts, "perplexity", total=len(parts), unit="batch"):
                 ids = ids.to(engine.device)
-                total += _loss(model(input_ids=ids, use_cache=False).logits, ids)
+                losses += _losses(model(input_ids=ids, use_cache=False).logits, ids)
     else:
-        total = _streamed(model, windows, engine)
-    mean = total / len(windows)
-    if math.isnan(mean):
-        parts = windows.split(engine.batch_size)
+        losses = _streamed(model, windows, engine)
+    if any(map(math.isnan, losses)):
         raise not_finite(model, (partial(model, input_ids=ids, use_cache=False) for ids in parts))
-    return math.exp(mean) if mean < 700 else math.inf
+    return losses
 
 
 def _fits(model: nn.Module, device: torch.device) -> bool:
@@ -79,28 +89,26 @@ def _fits(model: nn.Module, device: torch.device) -> bool:
     return free is None or size < HEADROOM * free
 
 
-def _loss(scores: Tensor, ids: Tensor) -> float:
-    """Sum over the batch of each window's mean cross-entropy, in fp32 (one window at a time, to save memory)."""
-    total = 0.0
-    for row, target in zip(scores, ids, strict=True):
-        total += cross_entropy(row[:-1].float(), target[1:]).item()
-    return total
+def _losses(scores: Tensor, ids: Tensor) -> list[float]:
+    """Each window's mean cross-entropy, in fp32 (one window at a time, to save memory)."""
+    pairs = zip(scores, ids, strict=True)
+    return [cross_entropy(row[:-1].float(), target[1:]).item() for row, target in pairs]
 
 
 @torch.no_grad()
-def _streamed(model: nn.Module, windows: Tensor, engine: Engine) -> float:
-    """The same sum with one block on the device at a time."""
+def _streamed(model: nn.Module, windows: Tensor, engine: Engine) -> list[float]:
+    """The same with one block on the device at a time."""
     family = family_of(model)
     stream = capture(model, family, windows, engine.batch_size, engine.device, engine.activations)
     for block in track(block_list(model, family), "perplexity", unit="block"):
         with on_device(engine.device, block):
             stream.advance(block)
-    total = 0.0
+    losses: list[float] = []
     with on_device(engine.device, *(submodule(model, p) for p in family.tail)):
         for i, ids in enumerate(windows.split(engine.batch_size)):
-            total += _loss(logits(model, family, stream, i), ids.to(engine.device))
+            losses += _losses(logits(model, family, stream, i), ids.to(engine.device))
     PositionContext.of(model).set(None, None)
-    return total
+    return losses
 
 
 @dataclass(frozen=True)
@@ -111,13 +119,18 @@ class Accuracy:
         top1: Percent of images whose label has the highest logit.
         top5: Percent of images whose label is among the five highest logits.
         loss: Mean cross-entropy.
-        samples: Images that were scored.
+        right: Whether each image's label has the highest logit, in their order.
     """
 
     top1: float
     top5: float
     loss: float
-    samples: int
+    right: tuple[bool, ...]
+
+    @property
+    def samples(self) -> int:
+        """Images that were scored."""
+        return len(self.right)
 
 
 @torch.no_grad()
@@ -137,7 +150,8 @@ def evaluate_accuracy(
         FloatingPointError: A logit is NaN; by the name of the module where that begins.
     """
     engine = engine or Engine()
-    first = five = samples = 0
+    right: list[bool] = []
+    five = 0
     loss = 0.0
     dtype = next(model.parameters()).dtype
     with on_device(engine.device, model):
@@ -147,10 +161,10 @@ def evaluate_accuracy(
             if bool(scores.isnan().any()):
                 raise not_finite(model, [partial(model, images.to(engine.device, dtype))])
             ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
-            first += int(ranked[:, 0].sum())
+            right += ranked[:, 0].tolist()
             five += int(ranked.any(1).sum())
             loss += cross_entropy(scores, labels, reduction="sum").item()
-            samples += len(labels)
+    samples = len(right)
     if not samples:
         raise UserError("data: there are no images to score; give at least one batch")
-    return Accuracy(100 * first / samples, 100 * five / samples, loss / samples, samples)
+    return Accuracy(100 * sum(right) / samples, 100 * five / samples, loss / samples, tuple(right))

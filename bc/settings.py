@@ -15,6 +15,7 @@ T = TypeVar("T")
 SCOPES = ("layer", "attention", "mlp", "downsample", "block", "stage", "model")
 KINDS = ("conv", "linear", "matmul")
 SEARCH = "search"
+AUTO = "auto"
 GRANULARITIES = ("channel", "sink", "positional", "shrink", "lowrank")
 REGULARISED = ("shrink", "lowrank")
 METHODS = ("bias", "affine", "linear", "classic")
@@ -113,8 +114,8 @@ class Compensation:
 
     Attributes:
         scope: Union of ``layer``, ``attention``, ``mlp``, ``downsample``, ``block``, ``stage``, ``model`` (those that a
-            model has; downsamples and stages are Swin's); empty is no compensation; ``search`` alone leaves the choice
-            to selection samples (:mod:`bc.scope_search`).
+            model has; downsamples and stages are Swin's); empty is no compensation; ``search`` or ``auto`` alone leaves
+            the choice to selection samples (:mod:`bc.choice`).
         granularity: ``channel`` (one bias per output channel), ``sink`` (the first positions have one each, the rest
             share one), ``positional`` (one per position and channel, the paper's), ``shrink`` (positional, but drawn
             to the channel's by its estimated noise) or ``lowrank`` (channel plus a product of rank r).
@@ -124,7 +125,7 @@ class Compensation:
             class and distillation tokens instead.
         dtype: How the biases are stored.
         kinds: Sites that scope ``layer`` covers: ``conv``, ``linear``, ``matmul``.
-        budget: Bits per weight that the product of ``lowrank`` may take at most; its rank is chosen below that.
+        budget: Bits per weight that the product of ``lowrank``, or all biases under ``auto``, may take at most.
         method: ``bias``; ``classic`` (the same from the norm's own statistics, without data, where a Linear follows a
             LayerNorm); ``affine`` (scale and shift of every output channel, folded into the weight: costs nothing);
             ``linear`` (a linear map of a block's input, by ridge regression, where it predicts the block's error).
@@ -140,7 +141,7 @@ class Compensation:
     method: Literal["bias", "affine", "linear", "classic"] = "bias"
 
     def __post_init__(self) -> None:
-        for field, names in (("scope", (*SCOPES, SEARCH)), ("kinds", KINDS)):
+        for field, names in (("scope", (*SCOPES, SEARCH, AUTO)), ("kinds", KINDS)):
             value = getattr(self, field)
             for item in value:
                 if item not in names:
@@ -149,7 +150,7 @@ class Compensation:
                 raise UserError(f"bc.{field}: {'+'.join(value)} names one twice; name each once")
             object.__setattr__(self, field, tuple(sorted(value, key=names.index)))
         if self.searched and len(self.scope) > 1:
-            raise UserError(f"bc.scope: {SEARCH} stands for all unions; write bc.scope=[{SEARCH}] alone")
+            raise UserError(f"bc.scope: {SEARCH} and {AUTO} stand for many; write bc.scope=[{SEARCH}] alone")
         if not self.kinds:
             raise UserError("bc.kinds: is empty; name one or more of conv, linear, matmul")
         for name, allowed in (
@@ -184,8 +185,8 @@ class Compensation:
 
     @property
     def searched(self) -> bool:
-        """Whether the scope is to be chosen on selection samples."""
-        return SEARCH in self.scope
+        """Whether the settings are to be chosen on selection samples."""
+        return SEARCH in self.scope or AUTO in self.scope
 
     @property
     def enabled(self) -> bool:
@@ -210,6 +211,7 @@ PRESETS: dict[str, Compensation] = {
     "positional": Compensation(("layer",), "positional"),
     "paper": Compensation(("layer", "block"), "positional"),
     "search": Compensation((SEARCH,), "positional"),
+    "auto": Compensation((AUTO,)),
     "shrink": Compensation(("layer",), "shrink"),
     "lowrank": Compensation(("layer",), "lowrank"),
     "affine": Compensation(("layer",), method="affine"),

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from bc.checkpoint import DamagedFileError, load_means, load_weights, save_means, save_weights
 from bc.quantizers.base import SiteResult
-from bc.settings import REGULARISED
+from bc.settings import AUTO, REGULARISED
 from bc.statistics import PositionSums
 from experiments.config import CellConfig
 from experiments.identity import means_hash, weights_hash
@@ -70,7 +70,7 @@ def float_statistics(
     results: Path, cell: CellConfig, make: Callable[[], dict[str, PositionSums]]
 ) -> Shared[dict[str, PositionSums]]:
     """The float model's sums of inputs by position, made if they are not there; arguments as above."""
-    halves = cell.bc.granularity in REGULARISED
+    halves = cell.bc.granularity in REGULARISED or AUTO in cell.bc.scope
     digits = means_hash(cell, halves)[:DIGITS]
 
     def load(path: Path) -> tuple[dict[str, PositionSums], float]:

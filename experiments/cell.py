@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from bc import chains, models, pipeline, quantizers
 from bc import device as devices
 from bc.checkpoint import MODEL_FILE, save_model
+from bc.choice import choose
 from bc.errors import UserError
 from bc.quantizers.base import SiteResult
 from bc.report import Report
-from bc.scope_search import search_scope
-from bc.settings import REGULARISED, Compensation
+from bc.settings import AUTO, REGULARISED, Compensation
 from bc.statistics import PositionSums
 from experiments.artefacts import Shared, float_statistics, quantized_weights
 from experiments.attempts import with_smaller_batches
 from experiments.config import BATCH, CellConfig, RunConfig
 from experiments.data import ImageData
-from experiments.identity import SCHEMA, bc_name, cell_hash, scientific, slug
+from experiments.identity import SCHEMA, bc_label, bc_name, cell_hash, scientific, slug
 from experiments.provenance import Stopwatch, provenance
 from experiments.store import FAILED, INTERRUPTED, RUNNING, CellStore
 from experiments.tasks import Samples, task_of
@@ -108,14 +108,15 @@ def compute(run: RunConfig, mirror: Mirror) -> tuple[dict[str, Any], list[dict[s
     with watch.stage("load"):
         model = task.load(cell)
     chains.check_scopes(chains.chain_of(model), cell.bc.scope)
-    report, facts = float_report(model), {"seconds_quantize": 0.0, "seconds_bc": 0.0}
+    report = float_report(model)
+    facts: dict[str, Any] = {"seconds_quantize": 0.0, "seconds_bc": 0.0}
     if not cell.is_float:
         report, facts = quantize(run, model, samples, engine, watch)
         if run.save_model:
             write_checkpoint(run, model)
     with watch.stage("evaluate"):
-        metrics = task.evaluate(model, samples, engine, cell)
-    mirror.log({f"{row['metric']}/{row['dataset']}": row["value"] for row in metrics})
+        scores = task.evaluate(model, samples, engine, cell)
+    mirror.log({f"{row['metric']}/{row['dataset']}": row["value"] for row in scores.metrics})
     before, after = report.error("held_out") or (None, None)
     sites = [site.row() for site in report.sites]
     result = {
@@ -123,8 +124,9 @@ def compute(run: RunConfig, mirror: Mirror) -> tuple[dict[str, Any], list[dict[s
         "cell": cell_hash(cell),
         "slug": slug(cell),
         "config": scientific(cell),
-        "label": label(cell) | {key: facts.pop(key) for key in ("scope",) if key in facts},
-        "metrics": metrics,
+        "label": label(cell) | facts.pop("chosen", {}),
+        "metrics": scores.metrics,
+        "outcomes": scores.outcomes,
         "bits_per_weight": report.bits_per_weight,
         "bias_parameters": report.bias_parameters,
         "error_before": before,
@@ -154,7 +156,7 @@ def quantize(
     calibration = samples.calibration
     quantizer = quantizers.create(cell.quantizer, cell.bits, **cell.options)
     say_short_groups(model, cell)
-    means, halves = None, settings.granularity in REGULARISED
+    means, halves = None, settings.granularity in REGULARISED or AUTO in settings.scope
     closed = settings.method == "bias" and ("layer" in settings.scope or settings.searched)
     if cell.domain == "text" and closed:
         with watch.stage("statistics"):
@@ -168,9 +170,9 @@ def quantize(
     facts: dict[str, Any] = {"seconds_quantize": weights.seconds}
     if settings.searched:
         with watch.stage("search"):
-            settings, facts["scope_search"] = choose_scope(model, weights.value, samples, engine, cell, means)
-        facts["scope"] = "+".join(settings.scope)
-        log.info("  scope %s is best on the selection samples", facts["scope"])
+            settings, facts["choice"] = choose_settings(model, weights.value, samples, engine, cell, means)
+        facts["chosen"] = shape_of(settings)
+        log.info("  %s is best on the selection samples", bc_label(settings, cell.domain))
     with watch.stage("compensate"):
         report = pipeline.compensate(
             model,
@@ -186,7 +188,7 @@ def quantize(
     return report, facts | {"seconds_bc": spent if cell.bc.enabled else 0.0}
 
 
-def choose_scope(
+def choose_settings(
     model: Any,
     quantized: dict[str, SiteResult],
     samples: Samples,
@@ -194,10 +196,10 @@ def choose_scope(
     cell: CellConfig,
     means: Shared[dict[str, PositionSums]] | None,
 ) -> tuple[Compensation, list[dict[str, Any]]]:
-    """The settings with the scope that is best on the selection samples, and what every union scored."""
+    """The settings that are best on the selection samples, and what every candidate scored."""
     task = task_of(cell)
     assert samples.fit is not None
-    settings, trials = search_scope(
+    settings, trials = choose(
         model,
         quantized,
         cell.bc,
@@ -206,7 +208,14 @@ def choose_scope(
         lambda twin: task.selection_score(twin, samples, engine),
         means.value if means else None,
     )
-    return settings, [{"scope": "+".join(t.scope), "score": list(t.score)} for t in trials]
+    return settings, [
+        {
+            "setting": bc_label(trial.settings, cell.domain),
+            "score": list(trial.score),
+            "bits_per_weight": trial.bits_per_weight,
+        }
+        for trial in trials
+    ]
 
 
 def checkpoint_folder(run: RunConfig) -> Path:
@@ -293,13 +302,19 @@ def label(cell: CellConfig) -> dict[str, Any]:
         "a_bits": cell.bits.activation,
         "group_size": cell.bits.group_size,
         "bc": bc_name(cell),
-        "granularity": bc.granularity if bc.enabled else "",
-        "scope": "+".join(bc.scope),
-        "stream": bc.stream if bc.enabled else "",
+        **shape_of(bc),
         "calibration_data": "" if cell.is_float else data.dataset,
         "calibration_samples": 0 if cell.is_float else fit.samples,
         "seed": 0 if cell.is_float else cell.seed,
     }
+
+
+def shape_of(bc: Compensation) -> dict[str, str]:
+    """Granularity, scope and stream as cells.csv has them; a rival method stands for its granularity."""
+    if not bc.enabled:
+        return {"granularity": "", "scope": "", "stream": ""}
+    name = bc.granularity if bc.method == "bias" else bc.method
+    return {"granularity": name, "scope": "+".join(bc.scope), "stream": bc.stream}
 
 
 def metrics_line(result: dict[str, Any]) -> str:

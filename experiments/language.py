@@ -10,11 +10,11 @@ from torch import nn
 
 from bc import models
 from bc.errors import UserError
-from bc.evaluation import evaluate_perplexity
+from bc.evaluation import evaluate_perplexity, perplexity_of, window_losses
 from bc.pipeline import Engine
 from experiments.config import CellConfig
 from experiments.data import TextData
-from experiments.tasks import Samples
+from experiments.tasks import Samples, Scores
 
 POSITION_FIELDS = ("max_position_embeddings", "n_positions")  # a model without either has no limit of its own
 
@@ -70,17 +70,15 @@ class LanguageTask:
         m = cell.model
         return models.load(m.name, path=m.path, dtype=m.dtype, attention=m.attention)
 
-    def evaluate(self, model: nn.Module, samples: Samples, engine: Engine, cell: CellConfig) -> list[dict[str, Any]]:
-        """Perplexity of every test text."""
-        return [
-            {
-                "dataset": dataset,
-                "metric": "perplexity",
-                "value": evaluate_perplexity(model, windows, engine),
-                "test_samples": len(windows),
-            }
-            for dataset, windows in samples.test.items()
-        ]
+    def evaluate(self, model: nn.Module, samples: Samples, engine: Engine, cell: CellConfig) -> Scores:
+        """Perplexity of every test text, and the cross-entropy of each window."""
+        scores = Scores()
+        for dataset, windows in samples.test.items():
+            losses = window_losses(model, windows, engine)
+            value = {"metric": "perplexity", "value": perplexity_of(losses), "test_samples": len(losses)}
+            scores.metrics.append({"dataset": dataset, **value})
+            scores.outcomes[dataset] = losses
+        return scores
 
     def selection_score(self, model: nn.Module, samples: Samples, engine: Engine) -> tuple[float, ...]:
         """Minus the perplexity of the selection windows."""

@@ -105,7 +105,10 @@ def _setting(line: Line) -> tuple[str, ...]:
 
 def _chosen(line: Line) -> str:
     """The scopes that a search chose, over all seeds."""
-    return ", ".join(sorted({row["scope"] for row in line.rows})) if line.cell.bc.searched else ""
+    if not line.cell.bc.searched:
+        return ""
+    shapes = {"-".join(filter(None, (row["granularity"], row["scope"], row["stream"]))) or "off" for row in line.rows}
+    return ", ".join(sorted(shapes))
 
 
 def _best(lines: Sequence[Line]) -> list[Line]:

@@ -30,6 +30,19 @@ class Samples:
     test: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass
+class Scores:
+    """What came of the test samples.
+
+    Attributes:
+        metrics: Data set, metric, value, number of samples.
+        outcomes: Data set → what each sample scored, for paired comparisons; see :mod:`experiments.compare`.
+    """
+
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    outcomes: dict[str, Any] = field(default_factory=dict)
+
+
 class Task(Protocol):
     """One kind of models."""
 
@@ -42,8 +55,8 @@ class Task(Protocol):
     def load(self, cell: CellConfig) -> nn.Module:
         """Load the float model."""
 
-    def evaluate(self, model: nn.Module, samples: Samples, engine: Engine, cell: CellConfig) -> list[dict[str, Any]]:
-        """Metrics on the test samples: data set, metric, value, number of samples."""
+    def evaluate(self, model: nn.Module, samples: Samples, engine: Engine, cell: CellConfig) -> Scores:
+        """Score the test samples."""
 
     def selection_score(self, model: nn.Module, samples: Samples, engine: Engine) -> tuple[float, ...]:
         """Score on the selection samples, higher being better."""

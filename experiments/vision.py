@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from bc.pipeline import Engine
 from bc.vision.transforms import Preprocessing
 from experiments.config import CellConfig
 from experiments.data import ImageData
-from experiments.tasks import Samples
+from experiments.tasks import Samples, Scores
 
 log = logging.getLogger(__name__)
 TOLERANCE = 0.1  # percent of top-1 by which a float model may differ from its published value
@@ -85,19 +84,21 @@ class VisionTask:
         """The float model."""
         return vision.load(cell.model.name, cell.model.path, dtype=cell.model.dtype)
 
-    def evaluate(self, model: nn.Module, samples: Samples, engine: Engine, cell: CellConfig) -> list[dict[str, Any]]:
-        """Top-1 and top-5 of every test set."""
-        rows = []
+    def evaluate(self, model: nn.Module, samples: Samples, engine: Engine, cell: CellConfig) -> Scores:
+        """Top-1 and top-5 of every test set, and whether each image was right."""
+        scores = Scores()
         for dataset, test in samples.test.items():
             found = evaluate_accuracy(model, test, engine)
             if found.samples != test.count:
                 raise RuntimeError(f"{dataset}: {found.samples} images were scored, not {test.count}")
             for metric in ("top1", "top5"):
                 value = getattr(found, metric)
-                rows.append({"dataset": dataset, "metric": metric, "value": value, "test_samples": found.samples})
+                row = {"dataset": dataset, "metric": metric, "value": value, "test_samples": found.samples}
+                scores.metrics.append(row)
+            scores.outcomes[dataset] = "".join("01"[right] for right in found.right)
             if cell.is_float and dataset == "imagenet":
                 compare_float(cell, found.top1, whole=found.samples == images.IMAGENET_TEST)
-        return rows
+        return scores
 
     def selection_score(self, model: nn.Module, samples: Samples, engine: Engine) -> tuple[float, ...]:
         """Top-1 on the selection images; where two are equal, the lower cross-entropy."""

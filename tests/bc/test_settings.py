@@ -83,7 +83,7 @@ def test_bits_made_directly_are_checked_too(values, field):
 
 
 def test_the_presets_are_the_documented_ones():
-    assert " ".join(PRESETS) == ("off channel sink positional paper search shrink lowrank affine linear classic")
+    assert " ".join(PRESETS) == ("off channel sink positional paper search auto shrink lowrank affine linear classic")
     assert Compensation.parse("off") == Compensation() and not Compensation.parse("off").enabled
     for name in ("channel", "sink", "positional"):
         found = Compensation.parse(name)

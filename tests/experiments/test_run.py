@@ -25,13 +25,13 @@ RTN = ("quantizer=rtn", "bits=w3", "bits.group_size=16", "bc='off'")
 DYING = """
 import os, signal, sys
 from experiments import language, run
-evaluated, evaluate = [], language.evaluate_perplexity
+evaluated, evaluate = [], language.window_losses
 def dying(*args):
     evaluated.append(1)
     if len(evaluated) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return evaluate(*args)
-language.evaluate_perplexity = dying
+language.window_losses = dying
 run.main(sys.argv[1:])
 """
 
@@ -139,7 +139,7 @@ def break_evaluation(monkeypatch: pytest.MonkeyPatch, error: BaseException | Non
             raise AssertionError("not terminated")
         raise error
 
-    monkeypatch.setattr(language, "evaluate_perplexity", broken)
+    monkeypatch.setattr(language, "window_losses", broken)
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (None, 143)])

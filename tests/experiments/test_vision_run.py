@@ -12,10 +12,13 @@ import pytest
 from PIL import Image
 
 from bc import quantizers
+from bc.settings import Compensation
 from experiments import vision
 from experiments.compose import expand, hydra_ready
+from experiments.identity import bc_label
 from experiments.run import main
 from experiments.tables import rebuild
+from experiments.tasks import Scores
 
 FAST = ("data.calibration.samples=8", "data.compensation.samples=12", "data.selection.samples=10")
 FAST += ("report.calibration_samples=6", "report.held_out_samples=6", "engine.device=cpu", "engine.threads=1")
@@ -65,7 +68,7 @@ def test_the_searched_scope_is_chosen_without_the_test_images(tmp_path: Path, mo
     scored: list[int] = []
     evaluate = vision.VisionTask.evaluate
 
-    def counting(self: vision.VisionTask, *arguments: Any) -> list[dict[str, Any]]:
+    def counting(self: vision.VisionTask, *arguments: Any) -> Scores:
         scored.append(1)
         return evaluate(self, *arguments)
 
@@ -73,9 +76,10 @@ def test_the_searched_scope_is_chosen_without_the_test_images(tmp_path: Path, mo
     assert run(tmp_path, "quantizer=minmax", "bits=w2a4", "bc=search") == 0
     (result,) = results_of(tmp_path)
     assert len(scored) == 1
-    trials = {trial["scope"]: trial["score"] for trial in result["scope_search"]}
+    trials = {trial["setting"]: trial["score"] for trial in result["choice"]}
     assert len(trials) == 31
-    assert trials[result["label"]["scope"]] == max(trials.values())
+    best = Compensation(tuple(result["label"]["scope"].split("+")), "positional")
+    assert trials[bc_label(best, "images")] == max(trials.values())
     assert result["label"]["bc"] == "search"
 
 
@@ -137,7 +141,7 @@ MISTAKES = [
     (["data.evaluation.offset=-1"], "data.evaluation.offset: -1 is not allowed", "0 or more"),
     (["data.kind=sounds"], "data.kind: 'sounds' is not known", "images"),
     (["bc.kinds=[convs]"], "bc.kinds: 'convs' is not known", "conv"),
-    (["bc.scope=[search,layer]"], "bc.scope: search stands for all unions", "[search] alone"),
+    (["bc.scope=[search,layer]"], "bc.scope: search and auto stand for many", "[search] alone"),
     (["bc=search", "data.selection.samples=0", "report.held_out_samples=0"], "data.selection.samples: 0", "1 or more"),
     (["bc.scope=[stage]"], "bc.scope: there is no 'stage'", "attention"),
     (["model.path=/no/such/file"], "model.path: no checkpoint", ".safetensors"),

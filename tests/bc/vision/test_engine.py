@@ -13,11 +13,11 @@ import bc
 from bc import quantizers
 from bc.chains import VisionChain
 from bc.checkpoint import load_weights, save_weights
+from bc.choice import choose, unions
 from bc.compensation import compensation_of
 from bc.errors import QuantizationError, UserError
 from bc.pipeline import Engine, calibrate, compensate
 from bc.quantizers.base import SiteResult
-from bc.scope_search import search_scope, unions
 from bc.settings import Bits, Compensation
 from bc.site_calibration import output_gradients
 from bc.vision import sites, units, wrap
@@ -274,8 +274,8 @@ def test_scope_search_tries_all_unions_and_keeps_the_best() -> None:
         compensated = [compensation_of(m) is not None for m in twin.modules()]
         return (-abs(len(tried) - 1 - unions().index(wanted)), float(sum(compensated)))
 
-    settings, trials = search_scope(model, results, Compensation(("search",), "positional"), images, ENGINE, score)
-    assert len(tried) == 31 and len({t.scope for t in trials}) == 31
+    settings, trials = choose(model, results, Compensation(("search",), "positional"), images, ENGINE, score)
+    assert len(tried) == 31 and len({t.settings for t in trials}) == 31
     assert settings == Compensation(wanted, "positional")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

@@ -1,0 +1,100 @@
+"""Choice among settings of Bias Compensation, made on selection samples.
+
+``search``: Gong et al. (arXiv 2404.01892) search the 31 non-empty unions of layer, attention, MLP, block and model.
+``auto``: granularity, stream, scope and the number of sinks together, within a budget of bits per weight; one candidate
+is no compensation. Which is best is a choice like any other: it is made on samples that are neither fitted nor
+tested on.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import nn
+
+from bc.calibration import Samples
+from bc.chains import is_vision
+from bc.pipeline import Engine, compensate
+from bc.progress import track
+from bc.quantizers.base import SiteResult
+from bc.settings import AUTO, Compensation, presets
+from bc.statistics import PositionSums
+
+SEARCHED = ("layer", "attention", "mlp", "block", "model")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate.
+
+    Attributes:
+        settings: What was tried.
+        score: On the selection samples; tuples are compared in order, higher is better.
+        bits_per_weight: Of the compensated model.
+    """
+
+    settings: Compensation
+    score: tuple[float, ...]
+    bits_per_weight: float
+
+
+def unions() -> list[tuple[str, ...]]:
+    """The 31 non-empty unions, small ones first."""
+    return [union for size in range(1, len(SEARCHED) + 1) for union in itertools.combinations(SEARCHED, size)]
+
+
+def candidates(settings: Compensation, *, vision: bool) -> list[Compensation]:
+    """What ``search`` or ``auto`` tries, cheap settings first."""
+    if AUTO not in settings.scope:
+        return [replace(settings, scope=scope) for scope in unions()]
+    base = replace(settings, scope=("layer",), granularity="channel", stream="float")
+    wide = presets(vision=vision)["paper"].scope
+    found = [replace(settings, scope=(), granularity="channel", stream="float")]
+    streams: tuple[Literal["float", "quantized"], ...] = ("float", "quantized")
+    for stream in streams:
+        fed = replace(base, stream=stream)
+        found += [fed, replace(fed, method="affine"), replace(fed, granularity="sink")]
+        found += [] if vision else [replace(fed, granularity="sink", sink_positions=0)]
+        found += [replace(fed, granularity=name) for name in ("lowrank", "shrink", "positional")]
+        found += [replace(fed, granularity=name, scope=wide) for name in ("sink", "shrink")]
+    return found
+
+
+def choose(
+    model: nn.Module,
+    quantized: dict[str, SiteResult],
+    settings: Compensation,
+    samples: Samples,
+    engine: Engine,
+    score: Callable[[nn.Module], tuple[float, ...]],
+    means: dict[str, PositionSums] | None = None,
+) -> tuple[Compensation, list[Trial]]:
+    """Try all candidates on copies of a model.
+
+    Args:
+        model: The float model on the CPU; it is not changed.
+        quantized: From :func:`bc.pipeline.calibrate`.
+        settings: With scope ``search`` (granularity and stream are kept) or ``auto`` (``budget`` is kept).
+        samples: Samples to fit biases on.
+        engine: How to run.
+        score: Scores a compensated model on the selection samples, higher being better.
+        means: As for :func:`bc.pipeline.compensate`; with halves for ``auto``.
+
+    Returns:
+        The best settings (the earlier where two are equal; with ``auto`` among those whose bits per weight are at most
+        ``budget`` above no compensation), and all trials.
+    """
+    trials: list[Trial] = []
+    for candidate in track(candidates(settings, vision=is_vision(model)), "choice of a setting", unit="setting"):
+        twin = copy.deepcopy(model)
+        report = compensate(twin, quantized, candidate, samples, engine, means=means)
+        trials.append(Trial(candidate, score(twin), report.bits_per_weight))
+        del twin
+    allowed = trials
+    if AUTO in settings.scope:
+        allowed = [t for t in trials if t.bits_per_weight <= trials[0].bits_per_weight + settings.budget]
+    return max(allowed, key=lambda trial: trial.score).settings, trials
