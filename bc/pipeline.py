@@ -21,7 +21,7 @@ from bc.compensation import PositionSums
 from bc.errors import QuantizationError, UserError
 from bc.fitting import BlockFit, fit_model_scope, linear
 from bc.models import Family, family_of, submodule
-from bc.parts import Part
+from bc.parts import Part, leading
 from bc.progress import track
 from bc.quantizers.base import Group, Quantizer, WeightResult
 from bc.report import Report
@@ -137,6 +137,8 @@ def calibrate(
     if quantizer.needs_data:
         if samples is None:
             raise UserError(f"calibration: quantizer {quantizer.name!r} needs calibration samples; give some")
+        if quantizer.tokens:
+            samples = leading(samples, quantizer.tokens)
         stream = engine.capture(model, family, samples)
     for i in track(range(len(blocks)), f"{quantizer.name} {quantizer.bits.label}", unit="block"):
         with on_device(engine.device, blocks[i]):
@@ -171,7 +173,7 @@ def _calibrate_block(
             raise QuantizationError(f"{name}: the inputs hold NaN or Inf; check the model and its dtype")
         if stream and quantizer.needs_inputs:
             part = Part(block, family.region(opens), stream, paths)
-            group.inputs, group.loss = part.inputs(), part.loss
+            group.inputs, group.loss = part.inputs, part.loss
         try:
             results = quantizer.quantize_group(group)
         except QuantizationError as error:
