@@ -20,6 +20,7 @@ from torch import Tensor
 from bc.grid import QuantizedWeight, group_index
 from bc.quantizers.awq import ScaledWeight
 from bc.quantizers.billm import BinaryWeight
+from bc.quantizers.sign import SignWeight
 
 
 class DamagedFileError(ValueError):
@@ -49,7 +50,7 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.packbits(padded, axis=1).reshape(shape).copy())
 
 
-KINDS: dict[str, type] = {"affine": QuantizedWeight, "scaled": ScaledWeight, "binary": BinaryWeight}
+KINDS: dict[str, type] = {"affine": QuantizedWeight, "scaled": ScaledWeight, "binary": BinaryWeight, "sign": SignWeight}
 
 
 def store_weight(name: str, weight: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -103,7 +104,7 @@ def restore_weight(name: str, site: dict[str, Any], tensors: dict[str, Tensor]) 
             values[field.name] = tensors[key].long() if tensors[key].dtype == torch.int32 else tensors[key]
     if "group_size" in site:
         values["group"] = group_index(site["columns"], site["group_size"])
-    if cls is BinaryWeight:
+    if cls in (BinaryWeight, SignWeight):  # everything that they pack is bool
         values |= {key: values[key].bool() for key in site["packed"]}
     elif "zero_point" not in values:
         values["zero_point"] = torch.full_like(values["scale"], 2 ** (values["bits"] - 1))
