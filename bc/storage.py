@@ -119,7 +119,7 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
     try:
         temporary = folder / path.name
         save_file(tensors, str(temporary), {**metadata, "content": content_hash(tensors, metadata)})
-        temporary.chmod(0o666 & ~_umask())  # readable by those who share the folder, as any new file is
+        share(temporary)
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.replace(path)
@@ -127,10 +127,11 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _umask() -> int:
+def share(path: Path) -> None:
+    """Give a file the rights that any new file gets: safetensors makes files that their owner alone can read."""
     current = os.umask(0o022)
     os.umask(current)
-    return current
+    path.chmod(0o666 & ~current)
 
 
 def read(path: Path, expected: str) -> tuple[dict[str, Tensor], dict[str, str]]:
