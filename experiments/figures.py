@@ -51,7 +51,7 @@ def draw(title: str, lines: Sequence[Line]) -> Figure:
     for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
         draw_panel(axes, [line for line in known if (line.cell.model.name, line.dataset) == panel], kinds)
         axes.set_title(", ".join(panel))
-    figure.suptitle(title)
+    figure.suptitle(title, wrap=True)
     return figure
 
 
