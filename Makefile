@@ -7,13 +7,14 @@ PYTHON ?= python3# interpreter that makes the environment, 3.11 or newer
 VENV ?= .venv# the environment
 EXPERIMENT ?= table2_embedded# file in conf/experiment, for sweep, status and tables
 LAUNCHER ?=# file in conf/hydra/launcher: local or slurm; empty runs the cells one after another here
+SUITE ?= paper# of reproduce-table1: paper, or embedded where there is no ImageNet
 ARGS ?=# further overrides, e.g. ARGS="seed=0,1,2 engine.device=cuda:1"
 
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 LAUNCH = $(if $(LAUNCHER),hydra/launcher=$(LAUNCHER))
 
-.PHONY: help setup data demo test lint format sweep status tables clean
+.PHONY: help setup data demo test lint audit format sweep status tables wandb-sync clean
 .PHONY: reproduce-table1 reproduce-table2 reproduce-table3 reproduce-table4
 
 help: ## list the verbs
@@ -29,16 +30,18 @@ $(STAMP): pyproject.toml requirements.lock
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[dev,cluster,export]'
 	@touch $@
 
-data: setup ## fetch the embedded model and texts, checked by hash
+data: setup ## fetch the embedded models and texts, checked by hash
 	$(RUN) -m bc.data
 
-demo: setup data ## a sweep on a real model and text, its table and figure (about 6 minutes on 2 cores)
-	$(RUN) -m experiments.run +experiment=demo $(LAUNCH) $(ARGS)
-	@$(RUN) -m experiments.tables demo $(ARGS) > /dev/null
-	@$(RUN) -m experiments.figures demo $(ARGS) > /dev/null
-	@cat results/tables/demo.md
-	@echo 'table:  results/tables/demo.md (.csv, .tex, .html); all results: results/cells.csv'
-	@echo 'figure: results/figures/demo.png (.svg)'
+demo: setup data ## a sweep on real models, text and images, its table and figure (about 8 minutes on 2 cores)
+	@for half in demo demo_vision; do \
+		$(RUN) -m experiments.run +experiment=$$half $(LAUNCH) $(ARGS) \
+		&& $(RUN) -m experiments.tables $$half $(ARGS) > /dev/null \
+		&& $(RUN) -m experiments.figures $$half $(ARGS) > /dev/null || exit; \
+	done
+	@cat results/tables/demo.md results/tables/demo_vision.md
+	@echo 'tables:  results/tables/demo.md and demo_vision.md (.csv, .tex, .html); all results: results/cells.csv'
+	@echo 'figures: results/figures/demo.png and demo_vision.png (.svg)'
 
 test: setup ## run the tests
 	$(RUN) -m pytest
@@ -47,6 +50,10 @@ lint: setup ## check style and types
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
+
+audit: setup ## compare requirements.lock with the known vulnerabilities (needs the internet)
+	$(RUN) -m venv --clear .audit && .audit/bin/pip install --quiet pip-audit
+	.audit/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip --strict; status=$$?; rm -rf .audit; exit $$status
 
 format: setup ## put the code into the project's style
 	$(VENV)/bin/ruff check --fix
@@ -61,8 +68,21 @@ status: setup ## one line a cell of EXPERIMENT, and totals
 tables: setup ## rebuild results/cells.csv and EXPERIMENT's table
 	@$(RUN) -m experiments.tables $(EXPERIMENT) $(ARGS)
 
-reproduce-table1: ## Table 1 (vision)
-	@echo 'error: Table 1 needs the vision part, which is not there yet'; exit 2
+wandb-sync: setup ## upload to Weights & Biases what cells wrote offline (after `wandb login`)
+	$(RUN) -m experiments.wandb_sync
+
+reproduce-table1: ## run Table 1 (vision) and rebuild it; SUITE=embedded needs no ImageNet
+ifeq ($(SUITE),embedded)
+reproduce-table1: data
+	$(RUN) -m experiments.run +experiment=table1_embedded $(LAUNCH) $(ARGS)
+	$(RUN) -m experiments.tables table1_embedded $(filter-out seed=%,$(ARGS))
+else
+reproduce-table1: setup
+	@$(RUN) -m bc.data --imagenet '$(patsubst data.paths.imagenet=%,%,$(filter data.paths.imagenet=%,$(ARGS)))' \
+		|| { echo 'without ImageNet: make reproduce-table1 SUITE=embedded' >&2; exit 2; }
+	$(RUN) -m experiments.run +experiment=table1 $(LAUNCH) $(ARGS)
+	$(RUN) -m experiments.tables table1 $(filter-out seed=%,$(ARGS))
+endif
 
 reproduce-table2: ## run Table 2 (language models) and rebuild it
 reproduce-table3: ## run Table 3 (group sizes, AWQ) and rebuild it

@@ -9,15 +9,16 @@ Three lines::
 Everything that is not named here is private to the package and may change.
 """
 
-from bc.api import open, perplexity, quantize, save
+from bc.api import accuracy, load, open, perplexity, quantize, save
 from bc.compensation import BiasCompensation
 from bc.errors import QuantizationError, UserError
-from bc.models import load, load_tokenizer
+from bc.models import load_tokenizer
 
 __all__ = [
     "BiasCompensation",
     "QuantizationError",
     "UserError",
+    "accuracy",
     "load",
     "load_tokenizer",
     "open",

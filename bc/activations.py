@@ -42,6 +42,10 @@ class InputQuantizers(nn.Module):
         """Forward pre-hook of the site."""
         if not self.enabled:
             return None
+        return self.quantized(args)
+
+    def quantized(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What the site is fed for these arguments."""
         return (*(q(x) for q, x in zip(self.quantizers, args, strict=False)), *args[len(self.quantizers) :])
 
 
@@ -57,3 +61,13 @@ def quantizers_of(module: nn.Module) -> InputQuantizers | None:
     """The activation quantizers attached to a site, if any."""
     child = module._modules.get(CHILD)
     return child if isinstance(child, InputQuantizers) else None
+
+
+def detach_quantizers(module: nn.Module) -> None:
+    """Give a site its float inputs again."""
+    child = quantizers_of(module)
+    if child is not None:
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if getattr(hook, "__self__", None) is child:
+                del module._forward_pre_hooks[key]
+        del module._modules[CHILD]

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from bc import device as devices
-from bc import quantizers
+from bc import models, quantizers, vision
 from bc.calibration import Samples
+from bc.chains import chain_of, check_scopes, is_vision
 from bc.checkpoint import open_model, save_model
-from bc.evaluation import evaluate_perplexity
+from bc.errors import UserError
+from bc.evaluation import Accuracy, evaluate_accuracy, evaluate_perplexity
 from bc.pipeline import Engine, calibrate, compensate
 from bc.report import Report
 from bc.settings import Bits, Compensation
+
+
+def load(name: str, *, path: str | None = None, dtype: str = "float32") -> nn.Module:
+    """Load a language or a vision model onto the CPU, in evaluation mode.
+
+    Args:
+        name: Catalogue name of either kind (``smollm2_135m``, ``vit_b``); for a language model also a hub id, a local
+            folder or a GGUF file; for a vision model also a timm name with its tag.
+        path: Local folder or file to read instead of the hub.
+        dtype: ``float32``, ``float16`` or ``bfloat16``.
+
+    Raises:
+        UserError: The name, dtype or family is unknown, or the source is absent.
+    """
+    if name in vision.catalogue() or (name not in models.catalogue() and vision.knows(name)):
+        return vision.load(name, path, dtype=dtype)
+    return models.load(name, path=path, dtype=dtype)
 
 
 def quantize(
@@ -32,13 +52,14 @@ def quantize(
     """Quantize a model in place and compensate it.
 
     Args:
-        model: A float causal language model on the CPU, of a known family.
+        model: A float language or vision model on the CPU, of a known family (:func:`load`).
         quantizer: Name of a quantizer (:func:`bc.quantizers.available`).
-        bits: ``w4``, ``w3g64``, … or :class:`~bc.settings.Bits`.
+        bits: ``w4``, ``w3g64``, ``w4a4``, … or :class:`~bc.settings.Bits`.
         bc: A preset (``off``, ``channel``, ``sink``, ``positional``, ``paper``) or
             :class:`~bc.settings.Compensation`.
-        calibration: Token ids, int64, shape (samples, tokens), or a list (see :func:`bc.calibration.batches`). Only a
-            quantizer without data, not compensated, does without.
+        calibration: Token ids, int64, shape (samples, tokens), or a list (see :func:`bc.calibration.batches`); for a
+            vision model images, shape (images, channels, height, width), as its evaluation transform gives them. Only
+            a quantizer without data, not compensated, does without.
         held_out: Samples that are not used to fit, for the errors in the report.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         batch_size: Samples per forward.
@@ -51,7 +72,13 @@ def quantize(
         UserError: A setting is unknown or out of range, samples are missing, or the model is quantized already.
         QuantizationError: By site name, where no valid result exists.
     """
-    settings, engine = Compensation.parse(bc), Engine(devices.resolve(device), batch_size)
+    settings = Compensation.parse(bc, vision=is_vision(model))
+    if is_vision(model):
+        vision.wrap(model)
+    if settings.searched:
+        raise UserError("bc: 'search' needs a score; call bc.scope_search.search_scope, or name the scope")
+    check_scopes(chain_of(model), settings.scope)
+    engine = Engine(devices.resolve(device), batch_size)
     method = quantizers.create(quantizer, Bits.parse(bits), **options)
     results = calibrate(model, method, calibration, engine)
     return compensate(
@@ -69,6 +96,18 @@ def perplexity(model: nn.Module, windows: Tensor, *, device: str = "auto", batch
         batch_size: Windows per forward.
     """
     return evaluate_perplexity(model, windows, Engine(devices.resolve(device), batch_size))
+
+
+def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: str = "auto") -> Accuracy:
+    """Top-1 and top-5 accuracy of a vision model; see :func:`bc.evaluation.evaluate_accuracy`.
+
+    Args:
+        model: A classifier on the CPU.
+        batches: Pairs of images, shape (n, channels, height, width), and labels, int64, shape (n,); for example
+            :func:`bc.data.images.test_batches`.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    """
+    return evaluate_accuracy(model, batches, Engine(devices.resolve(device)))
 
 
 def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:

@@ -11,16 +11,18 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bc.compensation import to_rows
 from bc.errors import UserError
 from bc.models import Family, submodule
 from bc.positions import PositionContext, token_positions
+from bc.statistics import PositionSums
 
 STORES = ("device", "host", "disk")
 
@@ -81,29 +83,42 @@ class ActivationCache:
 
     def append(self, value: Tensor) -> None:
         """Keep the states of one more batch."""
-        if self._folder is not None:
-            path = Path(self._folder.name) / f"{len(self._items):06d}.bin"
-            mapped = torch.from_file(str(path), shared=True, size=value.numel(), dtype=value.dtype)
-            self._items.append(mapped.view(value.shape).copy_(value))
-        else:
-            self._items.append(value.to(self.device if self.store == "device" else "cpu", copy=True))
+        self._items.append(self._kept(len(self._items), value))
+
+    def _kept(self, index: int, value: Tensor) -> Tensor:
+        if self._folder is None:
+            return value.to(self.device if self.store == "device" else "cpu", copy=True)
+        path = Path(self._folder.name) / f"{index:06d}-{'x'.join(map(str, value.shape))}.bin"
+        mapped = torch.from_file(str(path), shared=True, size=value.numel(), dtype=value.dtype)
+        return mapped.view(value.shape).copy_(value)
 
     def __getitem__(self, index: int) -> Tensor:
         return self._items[index].to(self.device)
 
     def __setitem__(self, index: int, value: Tensor) -> None:
-        self._items[index].copy_(value)
+        if self._items[index].shape == value.shape:
+            self._items[index].copy_(value)
+        else:  # a stem or a downsample changes the shape
+            self._items[index] = self._kept(index, value)
 
 
 @dataclass
 class Call:
-    """Everything but the hidden states that the model passes to its blocks, for one batch."""
+    """Everything but the hidden states that the model passes to its blocks, for one batch.
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    positions: Tensor
-    valid: Tensor | None
-    keyword: str | None
+    Attributes:
+        args: Positional arguments after the hidden states.
+        kwargs: Keyword arguments.
+        positions: Positions of the tokens, shape (1 or batch, tokens); None in a vision model, where they are 0, 1, ….
+        valid: bool, shape (batch, tokens), False at padding; None where there is none.
+        keyword: Name under which the hidden states are passed; None where they come first.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    positions: Tensor | None = None
+    valid: Tensor | None = None
+    keyword: str | None = None
 
 
 class Stream:
@@ -112,31 +127,63 @@ class Stream:
     Args:
         calls: The blocks' other arguments, a batch each.
         cache: The hidden states that enter the current block.
-        context: The model's positions, set before each block is run.
+        context: The model's positions, set before each block is run; None in a vision model.
+
+    Attributes:
+        call: The call of the batch under way.
+        halves: Sums that are made here keep those of half the samples besides.
     """
 
-    def __init__(self, calls: list[Call], cache: ActivationCache, context: PositionContext) -> None:
+    halves = False
+
+    def __init__(self, calls: list[Call], cache: ActivationCache, context: PositionContext | None = None) -> None:
         self.calls, self.cache, self.context = calls, cache, context
+        self.call = calls[0]
 
     def __len__(self) -> int:
         return len(self.calls)
 
-    @property
-    def length(self) -> int:
-        """Number of positions of the longest sample."""
-        return max(int(c.positions.max()) for c in self.calls) + 1
+    def add(self, sums: dict[str, PositionSums], key: str, value: Tensor, layout: str = "tokens") -> None:
+        """Add the batch under way to sums by position, made at the first batch.
+
+        Args:
+            sums: Where to.
+            key: Name of the sums.
+            value: What a site was fed or returned.
+            layout: Of the value; see :func:`bc.compensation.to_rows`.
+        """
+        rows = self.rows(value, layout)
+        positions = self.call.positions
+        if positions is None:
+            positions = torch.arange(rows.shape[1], device=rows.device)[None]
+        if key not in sums:
+            longest = max((int(c.positions.max()) for c in self.calls if c.positions is not None), default=-1) + 1
+            sums[key] = PositionSums(longest or rows.shape[1], rows.shape[2], rows.device, self.halves)
+        sums[key].add(rows, positions, self.call.valid)
+
+    def rows(self, value: Tensor, layout: str = "tokens") -> Tensor:
+        """A value of the batch under way as (batch, tokens, channels)."""
+        return to_rows(value, layout, None if self.call.positions is None else self.call.positions.shape[1])
 
     def fork(self) -> Stream:
         """A second stream over the same samples, whose hidden states may go their own way."""
         cache = ActivationCache(self.cache.store, self.cache.device)
         for i in range(len(self)):
             cache.append(self.cache[i])
-        return Stream(self.calls, cache, self.context)
+        twin = Stream(self.calls, cache, self.context)
+        twin.halves = self.halves
+        return twin
+
+    def use(self, index: int) -> None:
+        """Make a batch the one under way, also for the model's biases."""
+        self.call = self.calls[index]
+        if self.context is not None:
+            self.context.set(self.call.positions, self.call.valid)
 
     def run(self, block: nn.Module, index: int) -> Tensor:
         """Output of a block for one batch."""
-        call, hidden = self.calls[index], self.cache[index]
-        self.context.set(call.positions, call.valid)
+        self.use(index)
+        call, hidden = self.call, self.cache[index]
         if call.keyword is None:
             return output_of(block(hidden, *call.args, **call.kwargs))
         return output_of(block(*call.args, **{call.keyword: hidden}, **call.kwargs))
@@ -235,9 +282,34 @@ def move_call(call: Call, device: torch.device) -> Call:
 
 
 @torch.no_grad()
+def capture_images(samples: Samples, batch_size: int, device: torch.device, store: str = "host") -> Stream:
+    """A stream of images at the first unit of a vision model.
+
+    Args:
+        samples: Images, floating, shape (images, channels, height, width).
+        batch_size: Images per batch.
+        device: Where the units will run.
+        store: As for :func:`capture`.
+
+    Raises:
+        UserError: There are no images, or they have another shape.
+    """
+    if not isinstance(samples, Tensor) or samples.dim() != 4:
+        shape = f" of shape {tuple(samples.shape)}" if isinstance(samples, Tensor) else ""
+        raise UserError(f"calibration: samples{shape} are no images; give (images, channels, height, width)")
+    if not len(samples):
+        raise UserError("calibration: there are no samples; give at least one")
+    cache = ActivationCache(store, device)
+    for images in samples.split(batch_size):
+        cache.append(images)
+    return Stream([Call()] * len(cache), cache)
+
+
+@torch.no_grad()
 def logits(model: nn.Module, family: Family, stream: Stream, index: int) -> Tensor:
     """Apply what follows the blocks to one batch of a stream that has passed them all."""
     hidden = stream.cache[index]
+    assert stream.context is not None
     stream.context.set(stream.calls[index].positions, stream.calls[index].valid)
     for path in family.tail:
         module = submodule(model, path)

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bc.compensation import BiasCompensation, PositionSums, attach
+from bc.compensation import BiasCompensation, attach
 from bc.errors import UserError
+from bc.linear_map import LinearMap
 from bc.models import submodule
 from bc.positions import PositionContext
-from bc.quantizers.base import WeightResult
-from bc.storage import DamagedFileError, pack, read, restore_weight, store_weight, unpack, write
+from bc.quantizers.base import SiteResult
+from bc.regularise import LowRank
+from bc.statistics import PositionSums
+from bc.storage import DamagedFileError, pack, read, restore_result, store_result, unpack, write
 
 __all__ = [
     "DamagedFileError",
@@ -31,19 +34,20 @@ __all__ = [
 FORMAT = "bias-compensation-weights-1"
 MODEL_FORMAT = "bias-compensation-model-1"
 MODEL_FILE = "quantized.safetensors"
+SECOND = "/second"  # after the names of sums of half the samples
 STATE = "state/"  # before the names of tensors that are stored as they are
 
 
-def save_weights(path: Path, weights: dict[str, WeightResult], metadata: dict[str, str]) -> None:
-    """Write quantized weights to one file; it appears complete or not at all.
+def save_weights(path: Path, weights: dict[str, SiteResult], metadata: dict[str, str]) -> None:
+    """Write how sites are quantized to one file; it appears complete or not at all.
 
     Args:
         path: The file to make; parents are made too.
-        weights: Site → quantized weight, as from :func:`bc.pipeline.calibrate`.
+        weights: Site → result, as from :func:`bc.pipeline.calibrate`.
         metadata: Facts to keep in the header.
 
     Raises:
-        TypeError: A weight of a kind that has no file format.
+        TypeError: A weight or an activation quantizer of a kind that has no file format.
     """
     tensors: dict[str, Tensor] = {}
     sites = _store_all(weights, tensors)
@@ -51,15 +55,15 @@ def save_weights(path: Path, weights: dict[str, WeightResult], metadata: dict[st
     write(path, tensors, header)
 
 
-def _store_all(weights: dict[str, WeightResult], tensors: dict[str, Tensor]) -> dict[str, Any]:
-    return {name: store_weight(name, r.weight, tensors) | {"notes": r.notes} for name, r in weights.items()}
+def _store_all(weights: dict[str, SiteResult], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    return {name: store_result(name, result, tensors) for name, result in weights.items()}
 
 
-def _restore_all(sites: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, WeightResult]:
-    return {name: WeightResult(restore_weight(name, site, tensors), site["notes"]) for name, site in sites.items()}
+def _restore_all(sites: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, SiteResult]:
+    return {name: restore_result(name, site, tensors) for name, site in sites.items()}
 
 
-def load_weights(path: Path) -> tuple[dict[str, WeightResult], dict[str, str]]:
+def load_weights(path: Path) -> tuple[dict[str, SiteResult], dict[str, str]]:
     """Read what :func:`save_weights` wrote.
 
     Raises:
@@ -67,18 +71,17 @@ def load_weights(path: Path) -> tuple[dict[str, WeightResult], dict[str, str]]:
     """
     tensors, metadata = read(path, FORMAT)
     try:
-        sites = json.loads(metadata.pop("sites")).items()
-        return {
-            name: WeightResult(restore_weight(name, site, tensors), site["notes"]) for name, site in sites
-        }, metadata
+        return _restore_all(json.loads(metadata.pop("sites")), tensors), metadata
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedFileError(f"{path}: the file does not hold what its header says ({error})") from error
 
 
 def save_means(folder: Path, means: dict[str, PositionSums], metadata: dict[str, str]) -> None:
     """Write sums of inputs by position to ``means.safetensors`` in a folder; complete or not at all."""
-    tensors = {f"{name}.total": sums.total.float() for name, sums in means.items()}
-    tensors |= {f"{name}.count": sums.count.float() for name, sums in means.items()}
+    halves = {f"{name}{SECOND}": sums.second for name, sums in means.items() if sums.second is not None}
+    tensors: dict[str, Tensor] = {}
+    for name, sums in (means | halves).items():
+        tensors |= {f"{name}.total": sums.total.float(), f"{name}.count": sums.count.float()}
     write(folder / "means.safetensors", tensors, {"format": "bias-compensation-means-1", **metadata})
 
 
@@ -96,6 +99,8 @@ def load_means(folder: Path) -> dict[str, PositionSums]:
             sums = PositionSums(*tensors[key].shape)
             sums.total, sums.count = tensors[key].double(), tensors[f"{name}.count"].double()
             out[name] = sums
+    for name in [name for name in out if name.endswith(SECOND)]:
+        out[name.removesuffix(SECOND)].second = out.pop(name)
     return out
 
 
@@ -117,6 +122,8 @@ def save_model(model: nn.Module, folder: Path, tokenizer: Any = None, provenance
     weights = model.__dict__.get("_quantized")
     if not isinstance(weights, dict):
         raise UserError("model: it is not quantized; call bc.quantize first")
+    if any(isinstance(module, LinearMap) for module in model.modules()):
+        raise UserError("checkpoint: linear maps (bc.method=linear) cannot be saved; choose another bc.method")
     config: Any = model.config
     tensors: dict[str, Tensor] = {}
     sites = _store_all(weights, tensors)
@@ -176,17 +183,21 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], sites: dict[str, Any], c
     rest = {key.removeprefix(STATE): value for key, value in tensors.items() if key.startswith(STATE)}
     for name, granularity in compensated.items():
         bias = rest.pop(f"{name}.bias")
-        attach(_module(model, name.rpartition(".")[0]), bias, granularity, context, bias.dtype)
+        table: Tensor | LowRank = bias
+        if f"{name}.left" in rest:
+            table = LowRank(bias, rest.pop(f"{name}.left"), rest.pop(f"{name}.right"))
+        attach(_module(model, name.rpartition(".")[0]), table, granularity, context, bias.dtype)
     for key in [k for k in rest if k.endswith(".bias") and _bare(model, k)]:  # a folded bias where there was none
         _module(model, key.removesuffix(".bias")).bias = nn.Parameter(rest[key], requires_grad=False)
     results = _restore_all(sites, tensors)
     for name, result in results.items():
         own = _module(model, name).weight
         assert isinstance(own, Tensor)
+        assert result.weight is not None
         rest[f"{name}.weight"] = result.weight.dequantize().to(own.dtype)
     missing, unexpected = model.load_state_dict(rest, strict=False)
     tied = {key for key in missing if key.endswith("lm_head.weight") and model.config.tie_word_embeddings}  # type: ignore[union-attr]
-    absent = [k for k in missing if k not in tied and not k.endswith(".compensation.bias")]
+    absent = [k for k in missing if k not in tied and ".compensation." not in k]
     if absent or unexpected:
         raise ValueError(f"missing {absent[:3]}, unexpected {unexpected[:3]}")
     model.tie_weights()  # type: ignore[operator]

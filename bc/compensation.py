@@ -19,81 +19,10 @@ from torch import Tensor, nn
 
 from bc.errors import QuantizationError, UserError
 from bc.positions import PositionContext
+from bc.regularise import LowRank
+from bc.statistics import PositionSums
 
 CHILD = "compensation"
-
-
-class PositionSums:
-    """Running sums of vectors by token position: mergeable, weighted by samples.
-
-    Args:
-        positions: Number of positions (the window).
-        channels: Length of a vector.
-        device: Where to keep the sums.
-
-    Attributes:
-        total: fp64, shape (positions, channels).
-        count: fp64, shape (positions,): how many vectors were added at each position.
-    """
-
-    def __init__(self, positions: int, channels: int, device: torch.device | None = None) -> None:
-        self.total = torch.zeros(positions, channels, dtype=torch.float64, device=device)
-        self.count = torch.zeros(positions, dtype=torch.float64, device=device)
-
-    def add(self, values: Tensor, positions: Tensor, valid: Tensor | None = None) -> None:
-        """Add a batch.
-
-        Args:
-            values: Shape (batch, tokens, channels), or (batch · tokens, channels) in the same order.
-            positions: int64, shape (1 or batch, tokens).
-            valid: bool, shape (batch, tokens): False entries are left out.
-        """
-        values = values.reshape(-1, positions.shape[1], values.shape[-1])
-        if valid is None and positions.shape[0] == 1:
-            self.total.index_add_(0, positions[0], values.sum(0, dtype=torch.float32).double())
-            self.count.index_add_(0, positions[0], torch.full_like(positions[0], len(values), dtype=torch.float64))
-            return
-        index = positions.expand(len(values), -1).reshape(-1)
-        flat = values.reshape(-1, values.shape[-1]).double()
-        if valid is not None:
-            keep = valid.reshape(-1)
-            index, flat = index[keep], flat[keep]
-        self.total.index_add_(0, index, flat)
-        self.count.index_add_(0, index, torch.ones_like(index, dtype=torch.float64))
-
-    def merge(self, other: PositionSums) -> None:
-        """Add the sums of other samples."""
-        self.total += other.total.to(self.total.device)
-        self.count += other.count.to(self.count.device)
-
-    def mean(self, granularity: str, sink_positions: int = 1) -> Tensor:
-        """Means as rows of a bias table.
-
-        Args:
-            granularity: ``channel``, ``sink`` or ``positional``.
-            sink_positions: k of ``sink``.
-
-        Returns:
-            fp32, shape (1, channels), (k + 1, channels) or (positions, channels). A position that no sample reached
-            gets the mean over all samples.
-
-        Raises:
-            UserError: No sample was added.
-        """
-        samples = self.count.sum()
-        if samples == 0:
-            raise UserError("calibration: no samples were seen; give at least one")
-        overall = self.total.sum(0, keepdim=True) / samples
-        if granularity == "channel":
-            return overall.float()
-        total, count = self.total, self.count
-        if granularity == "sink":
-            k = min(sink_positions, len(count) - 1) if len(count) > 1 else 0
-            total = torch.cat([total[:k], total[k:].sum(0, keepdim=True)])
-            count = torch.cat([count[:k], count[k:].sum(0, keepdim=True)])
-        seen = count > 0
-        rows = torch.where(seen[:, None], total / count.clamp(min=1)[:, None], overall)
-        return rows.float()
 
 
 def linear_bias(weight: Tensor, quantized: Tensor, mean_input: Tensor, mean_quantized: Tensor | None = None) -> Tensor:
@@ -114,23 +43,56 @@ def linear_bias(weight: Tensor, quantized: Tensor, mean_input: Tensor, mean_quan
     return mean_input @ weight.T - mean_quantized.float() @ quantized.T
 
 
+def to_rows(value: Tensor, layout: str, tokens: int | None = None) -> Tensor:
+    """What a module returns as rows of channels: shape (batch, tokens, channels).
+
+    Args:
+        value: The output.
+        layout: ``tokens``: (…, tokens, channels), with one token where there are but two axes; ``image``: (batch,
+            channels, height, width), whose tokens are the pixels; ``heads``: (batch, heads, tokens, columns), whose
+            channels are the columns of all heads.
+        tokens: Tokens of a sample where the model flattens (batch · tokens, channels).
+    """
+    if layout == "image":
+        return value.movedim(1, -1).flatten(1, 2)
+    if layout == "heads":
+        return value.transpose(1, 2).flatten(2)
+    if value.dim() == 2:
+        return value.reshape(-1, tokens or 1, value.shape[-1])
+    return value.flatten(1, -2)
+
+
+def from_rows(rows: Tensor, like: Tensor, layout: str) -> Tensor:
+    """Inverse of :func:`to_rows`: rows in the shape of ``like``."""
+    if layout == "image":
+        return rows.transpose(1, 2).reshape(like.shape)
+    if layout == "heads":
+        batch, heads, tokens, columns = like.shape
+        return rows.reshape(batch, tokens, heads, columns).transpose(1, 2)
+    return rows.reshape(like.shape)
+
+
 class BiasCompensation(nn.Module):
     """The bias of one site, added to the site's output.
 
     Args:
         bias: Rows of the table, shape (rows, channels), floating.
-        granularity: ``channel``, ``sink`` or ``positional``; says what a row is.
+        granularity: ``channel``, ``sink``, ``positional``, ``shrink`` or ``lowrank``; says what a row is.
         context: Positions of the forward under way; without one, positions count from 0 along the output's
             second-to-last axis.
         dtype: Storage type.
+        layout: Of the site's output; see :func:`to_rows`.
+        factors: For ``lowrank``, (left, right) of :class:`~bc.regularise.LowRank`, whose product is added to the rows.
 
-    The state dict holds ``bias`` in its shape.
+    The state dict holds ``bias`` in its shape, and ``left`` and ``right`` where there are factors.
 
     Raises:
         QuantizationError: A bias is not finite, or too large for the storage type.
     """
 
     bias: Tensor
+    left: Tensor | None
+    right: Tensor | None
 
     def __init__(
         self,
@@ -138,20 +100,36 @@ class BiasCompensation(nn.Module):
         granularity: str,
         context: PositionContext | None = None,
         dtype: torch.dtype = torch.float16,
+        layout: str = "tokens",
+        factors: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        if not bool(torch.isfinite(bias).all()):
-            raise QuantizationError("the bias is not finite; look for NaN or Inf in the weights or the activations")
-        stored = bias.to(dtype)
-        if not bool(torch.isfinite(stored).all()):
-            raise QuantizationError(f"a bias of {bias.abs().max():.3g} does not fit {dtype}; set bc.dtype=float32")
-        self.register_buffer("bias", stored)
+        left, right = factors or (None, None)
+        for name, value in (("bias", bias), ("left", left), ("right", right)):
+            self.register_buffer(name, None if value is None else _stored(value, dtype))
         self.granularity = granularity
         self.context = context
+        self.layout = layout
 
     def extra_repr(self) -> str:
         """Shape and granularity, for printing a model."""
-        return f"{self.granularity}, rows={self.bias.shape[0]}, channels={self.bias.shape[1]}, dtype={self.bias.dtype}"
+        rank = "" if self.left is None else f", rank={self.left.shape[1]}"
+        rows, channels = self.bias.shape
+        return f"{self.granularity}, rows={rows}, channels={channels}{rank}, dtype={self.bias.dtype}"
+
+    @property
+    def size(self) -> int:
+        """Number of values that it stores."""
+        return sum(buffer.numel() for buffer in self.buffers())
+
+    @property
+    def shared(self) -> bool:
+        """Whether every position has the same bias."""
+        return len(self.bias) == 1 and self.left is None
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """The factors of the product that is added to the rows."""
+        return None if self.left is None or self.right is None else (self.left, self.right)
 
     def rows(self, tokens: int) -> Tensor:
         """Bias of each of the last ``tokens`` tokens, shape (1 or batch, tokens, channels)."""
@@ -162,7 +140,12 @@ class BiasCompensation(nn.Module):
         fitted = len(self.bias)
         found = self.bias[positions.clamp(max=fitted - 1)]
         late = positions >= fitted
-        if self.granularity == "positional" and fitted > 1 and bool(late.any()):
+        if self.left is not None and self.right is not None:
+            known = positions - (fitted - 1)
+            product = self.left[known.clamp(0, len(self.left) - 1)] @ self.right
+            within = (known >= 0) & (known < len(self.left))  # beyond the fitted length: the shared row alone
+            return torch.where(within[..., None], found + product, found)
+        if self.granularity in ("positional", "shrink") and fitted > 1 and bool(late.any()):
             beyond = self.bias[1:].mean(0, dtype=torch.float32).to(self.bias.dtype)
             found = torch.where(late[..., None], beyond, found)
         return found
@@ -171,35 +154,41 @@ class BiasCompensation(nn.Module):
         """Add the bias.
 
         Args:
-            output: Shape (batch, tokens, channels), or (batch · tokens, channels) where the model flattens its tokens.
+            output: Of the layout; (batch · tokens, channels) where a language model flattens its tokens.
 
         Returns:
             A new tensor of the same shape and dtype; the argument is not changed.
         """
-        if len(self.bias) == 1:
+        if self.shared and self.layout == "tokens":
             return output + self.bias[0].to(output.dtype)
-        if output.dim() > 2:
-            return output + self.rows(output.shape[-2]).to(output.dtype)
         known = self.context.positions if self.context is not None else None
-        tokens = known.shape[1] if known is not None else len(output)
-        shaped = output.reshape(-1, tokens, output.shape[-1])
-        return (shaped + self.rows(tokens).to(output.dtype)).reshape(output.shape)
+        shaped = to_rows(output, self.layout, len(output) if known is None else known.shape[1])
+        rows = self.bias if self.shared else self.rows(shaped.shape[1])
+        return from_rows(shaped + rows.to(output.dtype), output, self.layout)
 
     def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook: compensate a tensor, or the first element of a tuple."""
-        if isinstance(module, nn.Conv2d):  # channels are axis 1
-            return self(output.movedim(1, -1)).movedim(-1, 1)
         if isinstance(output, Tensor):
             return self(output)
         return (self(output[0]), *output[1:])
 
 
+def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:
+    if not bool(torch.isfinite(value).all()):
+        raise QuantizationError("the bias is not finite; look for NaN or Inf in the weights or the activations")
+    stored = value.to(dtype)
+    if not bool(torch.isfinite(stored).all()):
+        raise QuantizationError(f"a bias of {value.abs().max():.3g} does not fit {dtype}; set bc.dtype=float32")
+    return stored
+
+
 def attach(
     module: nn.Module,
-    bias: Tensor,
+    bias: Tensor | LowRank,
     granularity: str,
     context: PositionContext | None = None,
     dtype: torch.dtype = torch.float16,
+    layout: str | None = None,
 ) -> BiasCompensation:
     """Compensate a module's output from now on.
 
@@ -207,10 +196,11 @@ def attach(
 
     Args:
         module: Any module whose output is a tensor or a tuple that starts with one.
-        bias: Shape (rows, channels).
+        bias: Shape (rows, channels), or a low-rank table.
         granularity: See :class:`BiasCompensation`.
         context: See :class:`BiasCompensation`.
         dtype: Storage type.
+        layout: See :func:`to_rows`; None is ``image`` for a convolution and ``tokens`` for any other module.
 
     Returns:
         The bias, registered as the child ``compensation`` of the module.
@@ -218,19 +208,30 @@ def attach(
     Raises:
         UserError: The module has a bias of another shape.
     """
+    rows = bias.base if isinstance(bias, LowRank) else bias
+    factors = (bias.left, bias.right) if isinstance(bias, LowRank) and bias.rank else None
     old = compensation_of(module)
     if old is not None:
-        if old.bias.shape != bias.shape or old.granularity != granularity:
+        if old.bias.shape != rows.shape or old.granularity != granularity:
             raise UserError(
                 f"bc.granularity: the site has a {old.granularity} bias of shape {tuple(old.bias.shape)} and cannot "
-                f"take a {granularity} one of shape {tuple(bias.shape)}; detach the first, or use the same granularity"
+                f"take a {granularity} one of shape {tuple(rows.shape)}; detach the first, or use the same granularity"
             )
-        bias = old.bias.float().to(bias.device) + bias.float()
-    child = BiasCompensation(bias, granularity, context, dtype)
+        rows, factors = old.bias.float().to(rows.device) + rows.float(), _joined(old.factors(), factors)
+    layout = layout or ("image" if isinstance(module, nn.Conv2d) else "tokens")
+    child = BiasCompensation(rows, granularity, context, dtype, layout, factors)
     detach(module)
     module.add_module(CHILD, child)
     module.register_forward_hook(child.hook)
     return child
+
+
+def _joined(one: tuple[Tensor, Tensor] | None, two: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+    """Factors of the sum of two products."""
+    if one is None or two is None:
+        return one or two
+    left = torch.cat([one[0].to(two[0]), two[0]], dim=1)
+    return left, torch.cat([one[1].to(two[1]), two[1]])
 
 
 def compensation_of(module: nn.Module) -> BiasCompensation | None:
@@ -262,7 +263,7 @@ def fold(module: nn.Module) -> bool:
         QuantizationError: The sum does not fit the module's dtype.
     """
     child = compensation_of(module)
-    if child is None or len(child.bias) != 1 or not isinstance(module, (nn.Linear, nn.Conv2d)):
+    if child is None or not child.shared or not isinstance(module, (nn.Linear, nn.Conv2d)):
         return False
     extra = child.bias[0].to(module.weight.device, torch.float32)
     own = module.bias
@@ -277,7 +278,7 @@ def fold(module: nn.Module) -> bool:
 
 def bias_parameters(model: nn.Module) -> int:
     """Number of bias values that compensation added beside the modules' own parameters."""
-    return sum(m.bias.numel() for m in model.modules() if isinstance(m, BiasCompensation))
+    return sum(m.size for m in model.modules() if isinstance(m, BiasCompensation))
 
 
 def optimal_bias(float_outputs: Sequence[Tensor], quantized_outputs: Sequence[Tensor], granularity: str) -> Tensor:

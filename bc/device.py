@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import platform
 import resource
 import sys
@@ -13,6 +14,22 @@ from pathlib import Path
 import torch
 
 from bc.errors import UserError
+
+ANY = ("auto", "cuda")  # names that leave the choice among several GPUs open
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+def visible() -> list[str]:
+    """Names of the GPUs that this process may use, as :func:`restrict` takes them; initialises none of them."""
+    chosen = os.environ.get(_VISIBLE)
+    if chosen is not None:
+        return [name.strip() for name in chosen.split(",") if name.strip()]
+    return [str(index) for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+
+
+def restrict(name: str) -> None:
+    """Let this process see one GPU only; has to be called before any is used."""
+    os.environ[_VISIBLE] = name
 
 
 def resolve(name: str = "auto") -> torch.device:
@@ -85,6 +102,13 @@ def free_memory_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a tensor did not fit into the memory of a GPU or of the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # the CPU's allocator
 
 
 def release(device: torch.device) -> None:

@@ -17,6 +17,26 @@ class QuantizationError(RuntimeError):
     """A quantizer could not produce a valid result for a site (named in the message)."""
 
 
+def pickled(field: str, path: object) -> UserError:
+    """Build the error for a checkpoint that only the unrestricted, code-running reader of pickles could read.
+
+    Args:
+        field: Dotted name of the setting.
+        path: The checkpoint, or the folder that holds it.
+
+    Returns:
+        A :class:`UserError` that says how to convert it.
+    """
+    convert = "import sys, torch; from safetensors.torch import save_file; "
+    convert += "x = torch.load(sys.argv[1], weights_only=False); "
+    convert += "x = x.state_dict() if hasattr(x, 'state_dict') else x.get('state_dict', x)"
+    convert += "; save_file({k: v.clone() for k, v in x.items() if torch.is_tensor(v)}, 'model.safetensors')"
+    return UserError(
+        f"{field}: {str(path)!r} is a pickle of more than tensors, which can run any code when it is read; it is not "
+        f'read. If you trust it, convert it: python -c "{convert}" FILE, and use model.safetensors in its place'
+    )
+
+
 def unknown(field: str, value: object, allowed: Iterable[object]) -> UserError:
     """Build the error for a value that is not one of a closed set.
 

@@ -1,8 +1,11 @@
-"""Perplexity of language models over non-overlapping windows."""
+"""Perplexity of language models over non-overlapping windows; top-1 and top-5 accuracy of vision models."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +13,12 @@ from torch.nn.functional import cross_entropy
 
 from bc import device as devices
 from bc.calibration import capture, logits, on_device
+from bc.chains import block_list
+from bc.diagnosis import not_finite
 from bc.errors import UserError
 from bc.models import family_of, submodule
-from bc.pipeline import Engine, block_list
+from bc.pipeline import Engine
+from bc.positions import PositionContext
 from bc.progress import track
 
 HEADROOM = 0.6  # of the free device memory, for the weights of a model that is evaluated whole
@@ -45,7 +51,7 @@ def evaluate_perplexity(model: nn.Module, windows: Tensor, engine: Engine | None
 
     Raises:
         UserError: No windows, windows of one token, or longer than the model's positions.
-        FloatingPointError: A logit is NaN.
+        FloatingPointError: A logit is NaN; by the name of the module where that begins.
     """
     engine = engine or Engine()
     if windows.dim() != 2 or len(windows) == 0 or windows.shape[1] < 2:
@@ -62,7 +68,8 @@ def evaluate_perplexity(model: nn.Module, windows: Tensor, engine: Engine | None
         total = _streamed(model, windows, engine)
     mean = total / len(windows)
     if math.isnan(mean):
-        raise FloatingPointError("the model's logits hold NaN; its weights or biases are not finite")
+        parts = windows.split(engine.batch_size)
+        raise not_finite(model, (partial(model, input_ids=ids, use_cache=False) for ids in parts))
     return math.exp(mean) if mean < 700 else math.inf
 
 
@@ -92,5 +99,58 @@ def _streamed(model: nn.Module, windows: Tensor, engine: Engine) -> float:
     with on_device(engine.device, *(submodule(model, p) for p in family.tail)):
         for i, ids in enumerate(windows.split(engine.batch_size)):
             total += _loss(logits(model, family, stream, i), ids.to(engine.device))
-    stream.context.set(None, None)
+    PositionContext.of(model).set(None, None)
     return total
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Accuracy of a vision model.
+
+    Attributes:
+        top1: Percent of images whose label has the highest logit.
+        top5: Percent of images whose label is among the five highest logits.
+        loss: Mean cross-entropy.
+        samples: Images that were scored.
+    """
+
+    top1: float
+    top5: float
+    loss: float
+    samples: int
+
+
+@torch.no_grad()
+def evaluate_accuracy(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], engine: Engine | None = None, total: int | None = None
+) -> Accuracy:
+    """Top-1 and top-5 accuracy.
+
+    Args:
+        model: A classifier on the CPU.
+        batches: Images, floating, shape (n, channels, height, width), and labels, int64, shape (n,).
+        engine: Device.
+        total: Number of batches, for the progress bar.
+
+    Raises:
+        UserError: There are no images.
+        FloatingPointError: A logit is NaN; by the name of the module where that begins.
+    """
+    engine = engine or Engine()
+    first = five = samples = 0
+    loss = 0.0
+    dtype = next(model.parameters()).dtype
+    with on_device(engine.device, model):
+        for images, labels in track(batches, "accuracy", total=total, unit="batch"):
+            scores = model(images.to(engine.device, dtype)).float()
+            labels = labels.to(engine.device)
+            if bool(scores.isnan().any()):
+                raise not_finite(model, [partial(model, images.to(engine.device, dtype))])
+            ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
+            first += int(ranked[:, 0].sum())
+            five += int(ranked.any(1).sum())
+            loss += cross_entropy(scores, labels, reduction="sum").item()
+            samples += len(labels)
+    if not samples:
+        raise UserError("data: there are no images to score; give at least one batch")
+    return Accuracy(100 * first / samples, 100 * five / samples, loss / samples, samples)

@@ -14,7 +14,7 @@ from bc.compensation import BiasCompensation
 from bc.errors import UserError
 from bc.grid import QuantizedWeight, group_index
 from bc.models import family_of, submodule
-from bc.quantizers.base import WeightResult
+from bc.quantizers.base import SiteResult
 from bc.storage import share
 
 BIAS_SWITCHES = {"llama": (("self_attn.", "attention_bias"), ("mlp.", "mlp_bias"))}
@@ -74,7 +74,7 @@ def _check_biases(model: nn.Module) -> None:
         )
 
 
-def _scheme(weights: dict[str, WeightResult]) -> dict[str, Any]:
+def _scheme(weights: dict[str, SiteResult]) -> dict[str, Any]:
     """The one scheme that all the weights share, in the format's terms."""
     schemes = set()
     for name, result in weights.items():

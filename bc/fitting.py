@@ -1,288 +1,336 @@
-"""Fitting the biases of one block after another: scopes, streams, folding and error measurement."""
+"""Fitting the biases of one unit after another: scopes and streams."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bc.calibration import Samples, StopForward, Stream, hooked, logits, on_device
-from bc.compensation import PositionSums, attach, compensation_of, fold, linear_bias
+from bc.activations import quantizers_of
+from bc.calibration import Samples, StopForward, Stream, hooked, on_device
+from bc.chains import Chain
+from bc.compensation import attach, compensation_of, fold, linear_bias
 from bc.errors import QuantizationError, UserError
-from bc.models import Family, submodule
-from bc.models.base import Region
-from bc.parts import Captured, find, linear, run_captured, run_fed
-from bc.positions import PositionContext
-from bc.report import ErrorSums, SiteReport
-from bc.settings import Compensation
+from bc.measuring import Measure
+from bc.parts import Captured, find, run_captured, run_fed
+from bc.quantizers.base import SiteResult
+from bc.regularise import Estimates, LowRank, low_rank, shrink
+from bc.report import SiteReport
+from bc.rivals import fit_affine, fit_classic, fit_linear_map
+from bc.settings import REGULARISED, Compensation
+from bc.sinks import find_sinks
+from bc.sites import Site, Unit
+from bc.statistics import PositionSums
 
-Capture = Callable[[nn.Module, Family, Samples], Stream]
-REGIONS = ("attention", "mlp", "block")
+Capture = Callable[[Chain, Samples], Stream]
+Sums = dict[str, PositionSums]
 
 
-class BlockFit:
-    """Fits and measures the biases of a model's blocks, in order.
+class Fit:
+    """Fits and measures the biases of a model's units, in order.
 
     Args:
-        model: The model whose blocks are replaced one after another by their quantized copies.
-        family: Its adapter.
+        chain: The model.
         settings: Scope, granularity and stream.
-        capture: Makes a stream from a model and samples.
-        means: Sums of the float inputs of each group of Linears, or None to collect them on the way.
+        capture: Makes a stream of samples.
+        results: How sites are quantized; ``affine`` changes them.
+        means: Sums of the float inputs of each group of Linears, by the name of its first, or None to collect them.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        family: Family,
-        settings: Compensation,
-        capture: Capture,
-        means: dict[str, PositionSums] | None,
+        self, chain: Chain, settings: Compensation, capture: Capture, results: dict[str, SiteResult], means: Sums | None
     ) -> None:
-        self.model, self.family, self.settings = model, family, settings
-        self.capture, self.means = capture, means
-        self.context = PositionContext.of(model)
+        self.chain, self.settings = chain, settings
+        self.capture, self.results, self.means = capture, dict(results), means
         self.dtype = getattr(torch, settings.dtype)
-        self.regions = {"attention": family.attention, "mlp": family.mlp, "block": Region("", "")}
         self.float_fit: Stream | None = None
         self.quantized_fit: Stream | None = None
-        self.reports: dict[str, tuple[Stream, Stream | None]] = {}
+        self.stage_fit: Stream | None = None  # from the float input of a stage through its quantized units
+        self.measure = Measure(chain, settings, set(results))
         self.seconds_measure = 0.0
 
     # Streams ----------------------------------------------------------------------------------------------------------
 
     def open_streams(self, samples: Samples | None, calibration: Samples | None, held_out: Samples | None) -> None:
-        """Capture the inputs of the first block for whatever the settings need."""
+        """Capture the inputs of the first unit for whatever the settings need."""
         s = self.settings
-        regions = any(r in s.scope for r in REGIONS)
+        parts = any(scope not in ("layer", "model") for scope in s.scope) or s.method == "affine"
         wants_quantized = s.enabled and (s.stream == "quantized" or "model" in s.scope)
-        wants_float = regions or "model" in s.scope or ("layer" in s.scope and self.means is None)
+        closed = self.means is not None or s.method == "classic"
+        wants_float = parts or "model" in s.scope or ("layer" in s.scope and not closed)
         if wants_float or wants_quantized:
             if samples is None:
                 raise UserError(f"calibration: bc.scope={'+'.join(s.scope)} needs calibration samples; give some")
-            first = self.capture(self.model, self.family, samples)
+            first = self.capture(self.chain, samples)
+            first.halves = s.granularity in REGULARISED
             self.float_fit = first if wants_float else None
             self.quantized_fit = (first.fork() if wants_float else first) if wants_quantized else None
         for name, part in (("calibration", calibration), ("held_out", held_out)):
             if part is not None:
-                stream = self.capture(self.model, self.family, part)
-                self.reports[name] = (stream, stream.fork() if s.stream == "quantized" and s.enabled else None)
+                self.measure.add(name, self.capture(self.chain, part))
 
     # Fitting ----------------------------------------------------------------------------------------------------------
 
-    def block(self, index: int, source: nn.Module, target: nn.Module) -> list[SiteReport]:
-        """Compensate the quantized copy of a block, measure it, and move all streams past the block.
+    def unit(self, index: int, source: nn.Module) -> list[SiteReport]:
+        """Compensate a quantized unit, measure it, and move all streams past it.
 
         Args:
-            index: Number of the block.
-            source: The float block.
-            target: Its copy with quantized weights; biases are attached to it.
+            index: Number of the unit; biases are attached to its module.
+            source: A copy of its module with float weights.
 
         Returns:
-            A report for every quantized Linear and every compensated part.
+            A report for every quantized site and every compensated part.
         """
-        prefix = f"{self.family.blocks}.{index}"
-        advanced = False
+        unit = self.chain.units[index]
+        stage_opens, stage_ends = self._stage_edges(index)
+        if stage_opens and self.settings.stream == "float":
+            assert self.float_fit is not None
+            self.stage_fit = self.float_fit.fork()
         if "layer" in self.settings.scope:
-            if self.settings.stream == "quantized":
-                self._layers_on_quantized_stream(prefix, source, target)
-            else:
-                self._layers(prefix, source, target)
-        scopes = [r for r in REGIONS if r in self.settings.scope]
+            self._fit_layers(unit, source)
+        scopes = [scope for scope in unit.regions if scope in self.settings.scope]
+        if self.settings.method == "linear":
+            if scopes:
+                fit_linear_map(self, unit, source)
+            scopes = []
         for scope in scopes:
-            advanced = scope == scopes[-1]
-            self._region(prefix, scope, source, target, advance=advanced)
+            self._region(unit, scope, source, advance=scope == scopes[-1])
         started = time.perf_counter()
-        reports = self._measure(prefix, source, target)
+        reports = self.measure.unit(unit, source)
         self.seconds_measure += time.perf_counter() - started
-        if self.float_fit is not None and not advanced:
+        if self.float_fit is not None and not scopes:
             self.float_fit.advance(source)
-        if self.quantized_fit is not None:
-            self.quantized_fit.advance(target)
+        return reports + self._past(unit, stage_ends)
+
+    def _fit_layers(self, unit: Unit, source: nn.Module) -> None:
+        if self.settings.method == "affine":
+            fit_affine(self, unit, source)
+        elif self.settings.method == "classic":
+            fit_classic(self, unit, source)
+        elif self.settings.stream == "quantized":
+            self._layers_on_quantized_stream(unit, source)
+        else:
+            self._layers(unit, source)
+
+    def _past(self, unit: Unit, stage_ends: bool) -> list[SiteReport]:
+        """Move the quantized streams past a unit, and compensate the stage that ends with it."""
+        reports: list[SiteReport] = []
+        for stream in (self.stage_fit, self.quantized_fit):
+            if stream is None:
+                continue
+            stream.advance(unit.module)
+            if stage_ends and not reports:  # on the float stream, the other one passes the bias as it goes
+                reports.append(self._stage(unit, stream))
+        self.stage_fit = None if stage_ends else self.stage_fit
+        self.measure.past(unit)
         return reports
 
-    def _attach(self, site: str, module: nn.Module, bias: Tensor) -> None:
+    def _stage_edges(self, index: int) -> tuple[bool, bool]:
+        """Whether a unit opens and whether it ends a stage that is to be compensated."""
+        units = self.chain.units
+        mine = units[index].stage
+        if mine is None or "stage" not in self.settings.scope:
+            return False, False
+        return index == 0 or units[index - 1].stage != mine, index + 1 == len(units) or units[index + 1].stage != mine
+
+    def attach(self, site: str, module: nn.Module, bias: Tensor | LowRank, layout: str = "tokens") -> None:
+        """Compensate a module with a bias of the settings' granularity; errors name the site."""
         try:
-            attach(module, bias, self.settings.granularity, self.context, self.dtype)
+            attach(module, bias, self.settings.granularity, self.chain.context, self.dtype, layout)
         except QuantizationError as error:
             raise QuantizationError(f"{site}: {error}") from error
 
-    def _rows(self, sums: PositionSums) -> Tensor:
-        return sums.mean(self.settings.granularity, self.settings.sink_positions)
+    def _table(
+        self,
+        unit: Unit,
+        sums: Sequence[PositionSums],
+        rows: Callable[..., Tensor] = lambda mean: mean,
+        layout: str = "tokens",
+        weights: int = 0,
+    ) -> Tensor | LowRank:
+        """A bias from statistics.
 
-    def _group_means(self, prefix: str, source: nn.Module) -> dict[str, PositionSums]:
-        if self.means is not None:
-            return {g[0]: self.means[f"{prefix}.{g[0]}"] for g in self.family.linears}
+        Args:
+            unit: Where.
+            sums: Of what the bias is a linear map of: inputs, or differences of outputs.
+            rows: Their means ↦ rows of the bias.
+            layout: Of the site's output.
+            weights: Of the site; 0 where it has none and the unit's mean counts.
+        """
+        s = self.settings
+        asked = self.chain.sink_positions(unit, s.sink_positions or find_sinks(sums[0])) if layout != "image" else 0
+        if s.granularity not in REGULARISED:
+            return rows(*(part.mean(s.granularity, asked) for part in sums))
+        first, *others = sums
+        both = first.estimates() if not others else None
+        if both is not None:
+            estimates = Estimates(rows(both.whole), rows(both.first), rows(both.second), both.counts)
+        else:
+            parts = [part.estimates() for part in sums]
+            tables = [rows(*(getattr(e, name) for e in parts)) for name in ("whole", "first", "second")]
+            estimates = Estimates(tables[0], tables[1], tables[2], parts[0].counts)
+        if s.granularity == "shrink":
+            return shrink(estimates, asked)
+        weights = weights or unit.mean_weights
+        values = max(1, estimates.whole.shape[0] - asked + estimates.whole.shape[1])
+        bits = torch.finfo(self.dtype).bits
+        return low_rank(estimates, asked, int(s.budget * weights / (bits * values)))
+
+    def sites(self, unit: Unit) -> list[tuple[Site, ...]]:
+        """Groups of the sites of a unit that are to be compensated."""
+        kinds = self.settings.kinds
+        groups = [tuple(s for s in g if s.kind in kinds and s.name in self.results) for g in unit.groups]
+        return [group for group in groups if group]
+
+    def _layers(self, unit: Unit, source: nn.Module) -> None:
+        """On the float stream: W E[x] − Ŵ E[q(x)], and for sites that are not Linears the mean difference."""
+        sums = self.means if self.means is not None else self._float_sums(unit, source)
+        for group in self.sites(unit):
+            for site in group:
+                if site.kind != "linear":
+                    bias = self._table(unit, [sums[site.name]], layout=site.layout)
+                    self.attach(site.name, site.module, bias, site.layout)
+                    continue
+                seen = sums.get(f"{site.name} quantized")
+                self._linear(unit, site, source, sums[group[0].name], seen)
+
+    def _linear(self, unit: Unit, site: Site, source: nn.Module, x: PositionSums, x_hat: PositionSums | None) -> None:
+        weight: Any = find(source, unit.path(site)).weight
+        quantized: Any = site.module.weight
+
+        def rows(*means: Tensor) -> Tensor:
+            return linear_bias(weight, quantized, *(mean.to(weight.device) for mean in means))
+
+        sums = [x] if x_hat is None else [x, x_hat]
+        self.attach(site.name, site.module, self._table(unit, sums, rows, weights=weight.numel()))
+
+    def _float_sums(self, unit: Unit, source: nn.Module) -> Sums:
+        """One pass over the float stream: inputs of Linears as they are and quantized; other sites' differences."""
         assert self.float_fit is not None
-        stream = self.float_fit
-        return {g[0]: input_sums(stream, source, g[0]) for g in self.family.linears}
+        stream, sums = self.float_fit, Sums()
+        hooks: dict[nn.Module, Any] = {}
+        for group in self.sites(unit):
+            for site in group:
+                hooks[find(source, unit.path(site))] = _float_hook(stream, sums, site, site is group[0])
+        with hooked(hooks, inputs=False):
+            for b in range(len(stream)):
+                stream.run(source, b)
+        return sums
 
-    def _layers(self, prefix: str, source: nn.Module, target: nn.Module) -> None:
-        """Closed form on the float stream: (W − Ŵ) E[x]."""
-        means = self._group_means(prefix, source)
-        for group in self.family.linears:
-            for path in group:
-                site = linear(target, path)
-                weight, quantized = linear(source, path).weight, site.weight
-                rows = self._rows(means[group[0]]).to(weight.device)
-                self._attach(f"{prefix}.{path}", site, linear_bias(weight, quantized, rows))
-
-    def _layers_on_quantized_stream(self, prefix: str, source: nn.Module, target: nn.Module) -> None:
-        """Group by group: W E[x] − Ŵ E[x̂], with x̂ what the quantized, already compensated model feeds the site."""
+    def _layers_on_quantized_stream(self, unit: Unit, source: nn.Module) -> None:
+        """Group by group, on what the quantized, already compensated model feeds the site."""
         assert self.quantized_fit is not None
-        means = self._group_means(prefix, source)
-        for group in self.family.linears:
-            seen = input_sums(self.quantized_fit, target, group[0])
-            for path in group:
-                site = linear(target, path)
-                weight, quantized = linear(source, path).weight, site.weight
-                x, x_hat = (self._rows(m).to(weight.device) for m in (means[group[0]], seen))
-                self._attach(f"{prefix}.{path}", site, linear_bias(weight, quantized, x, x_hat))
+        goals: Sums = self.means if self.means is not None else {}
+        if self.means is None:
+            assert self.float_fit is not None
+            hooks = {find(source, unit.path(g[0])): _edge_hook(self.float_fit, goals, g[0]) for g in self.sites(unit)}
+            with hooked(hooks, inputs=False):
+                for b in range(len(self.float_fit)):
+                    self.float_fit.run(source, b)
+        for group in self.sites(unit):
+            first, seen = group[0], Sums()
+            with hooked({first.module: _edge_hook(self.quantized_fit, seen, first, stop=True)}, inputs=False):
+                for b in range(len(self.quantized_fit)):
+                    try:
+                        self.quantized_fit.run(unit.module, b)
+                    except StopForward:
+                        pass
+            goal, got = goals[first.name], seen[first.name]
+            if first.kind != "linear":
+                bias = self._table(unit, [goal, got], lambda a, b: a - b, first.layout)
+                self.attach(first.name, first.module, bias, first.layout)
+                continue
+            for site in group:
+                self._linear(unit, site, source, goal, got)
 
-    def _region(self, prefix: str, scope: str, source: nn.Module, target: nn.Module, *, advance: bool) -> None:
+    def _region(self, unit: Unit, scope: str, source: nn.Module, *, advance: bool) -> None:
         """Mean difference of a part's paired outputs; on the float stream the part is fed its float input."""
         assert self.float_fit is not None
-        stream = self.float_fit
+        stream, region, sums = self.float_fit, unit.regions[scope], Sums()
         fed = self.quantized_fit if self.settings.stream == "quantized" else None
-        region = self.regions[scope]
-        sums: PositionSums | None = None
         for b in range(len(stream)):
-            goal = Captured(source, region)
+            goal, got = Captured(source, region), Captured(unit.module, region)
             result = run_captured(stream, source, b, [goal])
-            output = self._region_output(scope, target, stream, fed, b, goal)
-            difference = goal.output.float() - output.float()
-            if sums is None:
-                sums = PositionSums(stream.length, difference.shape[-1], difference.device)
-            call = stream.calls[b]
-            sums.add(difference, call.positions, call.valid)
+            if fed is not None:
+                run_captured(fed, unit.module, b, [got])
+                output = got.output
+            else:
+                output = run_fed(stream, unit.module, b, got, goal)
+            stream.add(sums, scope, goal.output.float() - output.float())
             if advance:
                 stream.cache[b] = result
-        assert sums is not None
-        self._attach(self._region_name(prefix, scope), find(target, region.exit), self._rows(sums))
+        self.attach(unit.region_name(scope), find(unit.module, region.exit), self._table(unit, [sums[scope]]))
 
-    def _region_name(self, prefix: str, scope: str) -> str:
-        return f"{prefix}.{self.regions[scope].exit}".rstrip(".")
-
-    def _region_output(
-        self, scope: str, target: nn.Module, stream: Stream, fed: Stream | None, b: int, goal: Captured
-    ) -> Tensor:
-        """Output of a part of the quantized block: on its float input, or on the quantized stream."""
-        got = Captured(target, self.regions[scope])
-        if fed is not None:
-            run_captured(fed, target, b, [got])
-            return got.output
-
-        return run_fed(stream, target, b, got, goal)
-
-    # Measuring --------------------------------------------------------------------------------------------------------
-
-    def _measure(self, prefix: str, source: nn.Module, target: nn.Module) -> list[SiteReport]:
-        """Errors of every Linear and compensated part on the report streams; folds what folds; advances them."""
-        layers = {p: SiteReport(f"{prefix}.{p}", "layer") for g in self.family.linears for p in g}
-        scopes = [r for r in REGIONS if r in self.settings.scope]
-        parts = {r: SiteReport(self._region_name(prefix, r), r) for r in scopes}
-        for name, (stream, fed) in self.reports.items():
+    def _stage(self, unit: Unit, stream: Stream) -> SiteReport:
+        """Bias of a stage: mean difference of what leaves it; the streams are past its last unit."""
+        assert self.float_fit is not None
+        name = unit.name.rpartition(".blocks.")[0] or unit.name
+        bias = self._difference(unit, self.float_fit, stream, lambda s, b: s.cache[b])
+        if stream is self.quantized_fit:  # it is past the unit already
+            late = attach(nn.Identity(), bias, self.settings.granularity, dtype=self.dtype)
             for b in range(len(stream)):
-                stream.cache[b] = self._measure_batch(name, stream, fed, b, source, target, {**layers, **parts})
-            if fed is not None:
-                fed.advance(target)
-        for scope, report in parts.items():  # a part may end in a layer and share its bias: the layer accounts for it
-            exit_path = self.regions[scope].exit
-            self._finish(report, find(target, exit_path), shared=exit_path in layers and "layer" in self.settings.scope)
-        for path, report in layers.items():
-            self._finish(report, find(target, path))
-        return [*layers.values(), *parts.values()]
+                stream.cache[b] = late(stream.cache[b])
+        shared = compensation_of(unit.module) is not None  # the block's own, which accounts for it
+        self.attach(name, unit.module, bias)
+        return _report(name, "stage", unit.module, shared=shared)
 
-    def _finish(self, report: SiteReport, module: nn.Module, *, shared: bool = False) -> None:
-        """Note the site's bias in its report, and fold it where it folds."""
-        child = compensation_of(module)
-        if child is None:
-            return
-        report.granularity = child.granularity
-        if shared:
-            return
-        bare = getattr(module, "bias", None) is None
-        size = child.bias.numel()
-        report.folded = fold(module)
-        report.bias_parameters = 0 if report.folded and not bare else size
+    def _difference(
+        self, unit: Unit, goal: Stream, got: Stream, read: Callable[[Stream, int], Tensor]
+    ) -> Tensor | LowRank:
+        sums = Sums()
+        for b in range(len(goal)):
+            goal.use(b)
+            goal.add(sums, "", read(goal, b).float() - read(got, b).float())
+        return self._table(unit, [sums[""]])
 
-    def _measure_batch(
-        self,
-        name: str,
-        stream: Stream,
-        fed: Stream | None,
-        b: int,
-        source: nn.Module,
-        target: nn.Module,
-        reports: dict[str, SiteReport],
-    ) -> Tensor:
-        """Add the errors of one batch to every site's report; returns the float block's output."""
-        regions = {key: self.regions[key] if key in REGIONS else Region(key, key) for key in reports}
-        goals = {key: Captured(source, region) for key, region in regions.items()}
-        result = run_captured(stream, source, b, goals.values())
-        call = stream.calls[b]
-        got = {key: Captured(target, region) for key, region in regions.items()}
-        if fed is not None:
-            run_captured(fed, target, b, got.values())
-        for key, report in reports.items():
-            goal, site = goals[key], got[key].exit
-            if fed is not None:
-                output = got[key].output
-            elif key in REGIONS:
-                output = self._region_output(key, target, stream, None, b, goal)
-            else:
-                self.context.set(call.positions, call.valid)
-                output = site(*goal.args)
-            self._add(getattr(report, name), goal.output, output, site, call.positions.shape[1], call.valid)
-        return result
-
-    @staticmethod
-    def _add(sums: ErrorSums, goal: Tensor, output: Tensor, site: nn.Module, tokens: int, valid: Tensor | None) -> None:
-        child = compensation_of(site)
-        shape = (-1, tokens, goal.shape[-1])
-        bias = None if child is None else child.rows(tokens) if len(child.bias) > 1 else child.bias
-        sums.add(goal.reshape(shape), output.reshape(shape), bias, valid)
+    @torch.no_grad()
+    def model_scope(self, device: torch.device) -> list[SiteReport]:
+        """Bias of the logits: mean difference between the float and the compensated quantized model."""
+        assert self.float_fit is not None and self.quantized_fit is not None
+        with on_device(device, *self.chain.tail):
+            bias = self._difference(self.chain.units[-1], self.float_fit, self.quantized_fit, self.chain.logits)
+        reports = []
+        for name in self.chain.heads:
+            head = self.chain.model.get_submodule(name)
+            self.attach(name, head, bias)
+            reports.append(_report(name, "model", head))
+            if getattr(head, "bias", None) is not None and fold(head):
+                reports[-1].folded, reports[-1].bias_parameters = True, 0
+        return reports
 
 
-def input_sums(stream: Stream, block: nn.Module, path: str) -> PositionSums:
-    """Sums by position of the inputs of one Linear, over a stream that does not advance."""
-    module = linear(block, path)
-    sums = PositionSums(stream.length, module.in_features, module.weight.device)
-
-    def take(m: nn.Module, args: Any, kwargs: Any) -> None:
-        assert stream.context.positions is not None
-        sums.add(args[0], stream.context.positions, stream.context.valid)
-        raise StopForward
-
-    with hooked({module: take}, inputs=True):
-        for b in range(len(stream)):
-            try:
-                stream.run(block, b)
-            except StopForward:
-                pass
-    return sums
-
-
-@torch.no_grad()
-def fit_model_scope(fit: BlockFit, device: torch.device) -> SiteReport:
-    """Bias of the logits: mean difference between the float and the compensated quantized model on the same tokens."""
-    assert fit.float_fit is not None and fit.quantized_fit is not None
-    tail = [submodule(fit.model, p) for p in fit.family.tail]
-    head = find(fit.model, fit.family.head)
-    report = SiteReport(fit.family.head, "model")
-    with on_device(device, *tail):
-        sums: PositionSums | None = None
-        for b in range(len(fit.float_fit)):
-            goal = logits(fit.model, fit.family, fit.float_fit, b).float()
-            difference = goal - logits(fit.model, fit.family, fit.quantized_fit, b).float()
-            sums = sums or PositionSums(fit.float_fit.length, difference.shape[-1], difference.device)
-            sums.add(difference, fit.float_fit.calls[b].positions, fit.float_fit.calls[b].valid)
-        assert sums is not None
-        fit._attach(fit.family.head, head, fit._rows(sums))
-    child = compensation_of(head)
+def _report(name: str, scope: str, module: nn.Module, *, shared: bool = False) -> SiteReport:
+    child = compensation_of(module)
     assert child is not None
-    report.granularity, report.bias_parameters = child.granularity, child.bias.numel()
-    return report
+    return SiteReport(name, scope, child.granularity, 0 if shared else child.size)
+
+
+def _float_hook(stream: Stream, sums: Sums, site: Site, first: bool) -> Callable[..., None]:
+    """Hook of a float site's output that collects what the closed form or the pair of outputs needs."""
+
+    def take(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        if site.kind != "linear":
+            stream.add(sums, site.name, output.float() - site.module(*args).float(), site.layout)
+            return
+        if first:
+            stream.add(sums, site.name, args[0])
+        quantizers = quantizers_of(site.module)
+        if quantizers is not None:
+            stream.add(sums, f"{site.name} quantized", quantizers.quantized(args)[0])
+
+    return take
+
+
+def _edge_hook(stream: Stream, sums: Sums, site: Site, stop: bool = False) -> Callable[..., None]:
+    """Hook of a site that collects the inputs of a Linear and the outputs of any other."""
+
+    def take(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        linear = site.kind == "linear"
+        stream.add(sums, site.name, args[0] if linear else output, "tokens" if linear else site.layout)
+        if stop:
+            raise StopForward
+
+    return take

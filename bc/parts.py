@@ -14,7 +14,9 @@ from bc.models.base import Region
 
 
 def leading(samples: Samples, tokens: int) -> Samples:
-    """The first samples, as few as hold that many tokens together; all of them where they hold fewer."""
+    """The first samples, as few as hold that many tokens together; all where they hold fewer, and all images."""
+    if isinstance(samples, Tensor) and samples.dim() > 2:
+        return samples
     total = 0
     for count, sample in enumerate(samples, 1):
         total += (sample["input_ids"] if isinstance(sample, dict) else sample).numel()

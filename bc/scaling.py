@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bc.chains import block_list
 from bc.errors import UserError
 from bc.grid import QuantizedWeight
 from bc.models import Family, family_of, submodule
 from bc.parts import find, linear
-from bc.pipeline import block_list
 from bc.quantizers.awq import ScaledWeight
-from bc.quantizers.base import WeightResult
+from bc.quantizers.base import SiteResult
 
 
 def predecessors(model: nn.Module, family: Family) -> tuple[str, ...]:
@@ -80,7 +80,7 @@ def fold_input_scale(model: nn.Module, site: str, scale: Tensor) -> None:
             parameter.data = _divided(parameter.data, rows, scale)
 
 
-def fold_scales(model: nn.Module, results: dict[str, WeightResult]) -> dict[str, WeightResult]:
+def fold_scales(model: nn.Module, results: dict[str, SiteResult]) -> dict[str, SiteResult]:
     """Fold AWQ's column scales wherever the model allows it.
 
     The float model is changed in place and keeps its function. Put the returned weights into it as usual.
@@ -104,14 +104,14 @@ def fold_scales(model: nn.Module, results: dict[str, WeightResult]) -> dict[str,
                 continue
             fold_input_scale(model, names[0], scale)
             for name, weight in zip(names, scaled, strict=True):
-                results[name] = WeightResult(weight.on_grid(), results[name].notes)
+                results[name] = SiteResult(weight.on_grid(), notes=results[name].notes)
             name = f"{family.blocks}.{i}.{before}"
             if name in results:
                 found = results[name].weight
                 assert isinstance(found, (QuantizedWeight, ScaledWeight))
                 rows = _rows(model, linear(block, before), len(scale)).to(found.scale.device)
                 divided = replace(found, scale=_divided(found.scale, rows, scale.to(found.scale.device)))
-                results[name] = WeightResult(divided, results[name].notes)
+                results[name] = SiteResult(divided, notes=results[name].notes)
     return results
 
 

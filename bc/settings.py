@@ -12,8 +12,12 @@ from bc.errors import UserError, unknown
 
 T = TypeVar("T")
 
-SCOPES = ("layer", "attention", "mlp", "block", "model")
-GRANULARITIES = ("channel", "sink", "positional")
+SCOPES = ("layer", "attention", "mlp", "downsample", "block", "stage", "model")
+KINDS = ("conv", "linear", "matmul")
+SEARCH = "search"
+GRANULARITIES = ("channel", "sink", "positional", "shrink", "lowrank")
+REGULARISED = ("shrink", "lowrank")
+METHODS = ("bias", "affine", "linear", "classic")
 STREAMS = ("float", "quantized")
 BIAS_DTYPES = ("float16", "bfloat16", "float32")
 
@@ -108,32 +112,80 @@ class Compensation:
     """Which outputs get a bias, and of which shape.
 
     Attributes:
-        scope: Union of ``layer``, ``attention``, ``mlp``, ``block``, ``model``; empty is no compensation.
+        scope: Union of ``layer``, ``attention``, ``mlp``, ``downsample``, ``block``, ``stage``, ``model`` (those that a
+            model has; downsamples and stages are Swin's); empty is no compensation; ``search`` alone leaves the choice
+            to selection samples (:mod:`bc.scope_search`).
         granularity: ``channel`` (one bias per output channel), ``sink`` (the first positions have one each, the rest
-            share one) or ``positional`` (one per position and channel, the paper's).
+            share one), ``positional`` (one per position and channel, the paper's), ``shrink`` (positional, but drawn
+            to the channel's by its estimated noise) or ``lowrank`` (channel plus a product of rank r).
         stream: The inputs fed to the quantized site while fitting: ``float`` (the paper) or ``quantized``.
-        sink_positions: Number of leading positions with a bias of their own at granularity ``sink``.
+        sink_positions: Number of leading positions with a bias of their own at granularities ``sink``, ``shrink`` and
+            ``lowrank``; 0 finds it on the calibration samples (:func:`bc.sinks.find_sinks`). A vision model has its
+            class and distillation tokens instead.
         dtype: How the biases are stored.
+        kinds: Sites that scope ``layer`` covers: ``conv``, ``linear``, ``matmul``.
+        budget: Bits per weight that the product of ``lowrank`` may take at most; its rank is chosen below that.
+        method: ``bias``; ``classic`` (the same from the norm's own statistics, without data, where a Linear follows a
+            LayerNorm); ``affine`` (scale and shift of every output channel, folded into the weight: costs nothing);
+            ``linear`` (a linear map of a block's input, by ridge regression, where it predicts the block's error).
     """
 
     scope: tuple[str, ...] = ()
-    granularity: Literal["channel", "sink", "positional"] = "channel"
+    granularity: Literal["channel", "sink", "positional", "shrink", "lowrank"] = "channel"
     stream: Literal["float", "quantized"] = "float"
     sink_positions: int = 1
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    kinds: tuple[str, ...] = KINDS
+    budget: float = 0.5
+    method: Literal["bias", "affine", "linear", "classic"] = "bias"
 
     def __post_init__(self) -> None:
-        for item in self.scope:
-            if item not in SCOPES:
-                raise unknown("bc.scope", item, SCOPES)
-        if len(set(self.scope)) != len(self.scope):
-            raise UserError(f"bc.scope: {'+'.join(self.scope)} names a scope twice; name each once")
-        object.__setattr__(self, "scope", tuple(sorted(self.scope, key=SCOPES.index)))
-        for name, allowed in (("granularity", GRANULARITIES), ("stream", STREAMS), ("dtype", BIAS_DTYPES)):
+        for field, names in (("scope", (*SCOPES, SEARCH)), ("kinds", KINDS)):
+            value = getattr(self, field)
+            for item in value:
+                if item not in names:
+                    raise unknown(f"bc.{field}", item, names)
+            if len(set(value)) != len(value):
+                raise UserError(f"bc.{field}: {'+'.join(value)} names one twice; name each once")
+            object.__setattr__(self, field, tuple(sorted(value, key=names.index)))
+        if self.searched and len(self.scope) > 1:
+            raise UserError(f"bc.scope: {SEARCH} stands for all unions; write bc.scope=[{SEARCH}] alone")
+        if not self.kinds:
+            raise UserError("bc.kinds: is empty; name one or more of conv, linear, matmul")
+        for name, allowed in (
+            ("granularity", GRANULARITIES),
+            ("stream", STREAMS),
+            ("dtype", BIAS_DTYPES),
+            ("method", METHODS),
+        ):
             if getattr(self, name) not in allowed:
                 raise unknown(f"bc.{name}", getattr(self, name), allowed)
-        if self.sink_positions < 1:
-            raise UserError(f"bc.sink_positions: {self.sink_positions} is not allowed; use 1 or more")
+        if self.sink_positions < 0:
+            raise UserError(f"bc.sink_positions: {self.sink_positions} is not allowed; use 1 or more, or 0 to find it")
+        if not self.budget > 0:
+            raise UserError(f"bc.budget: {self.budget} is not allowed; use a positive number of bits per weight")
+        self._check_method()
+
+    def _check_method(self) -> None:
+        """Refuse what a method cannot do."""
+        wanted = {"classic": ("layer",), "affine": ("layer",), "linear": ("block",)}.get(self.method)
+        if wanted is None or not self.scope:
+            return
+        if self.scope != wanted:
+            raise UserError(
+                f"bc.scope: {'+'.join(self.scope)} does not go with bc.method={self.method}; set [{wanted[0]}]"
+            )
+        if self.granularity != "channel":
+            raise UserError(
+                f"bc.granularity: {self.granularity!r} does not go with bc.method={self.method}; set channel"
+            )
+        if self.method == "classic" and self.stream != "float":
+            raise UserError("bc.stream: the data-free bias (bc.method=classic) has none but float; set bc.stream=float")
+
+    @property
+    def searched(self) -> bool:
+        """Whether the scope is to be chosen on selection samples."""
+        return SEARCH in self.scope
 
     @property
     def enabled(self) -> bool:
@@ -141,13 +193,14 @@ class Compensation:
         return bool(self.scope)
 
     @classmethod
-    def parse(cls, value: str | Compensation) -> Compensation:
-        """A preset by name (see :data:`PRESETS`), or the settings themselves."""
+    def parse(cls, value: str | Compensation, *, vision: bool = False) -> Compensation:
+        """A preset by name (see :func:`presets`), or the settings themselves."""
         if isinstance(value, Compensation):
             return value
-        if value not in PRESETS:
-            raise unknown("bc", value, PRESETS)
-        return PRESETS[value]
+        known = presets(vision=vision)
+        if value not in known:
+            raise unknown("bc", value, known)
+        return known[value]
 
 
 PRESETS: dict[str, Compensation] = {
@@ -156,4 +209,17 @@ PRESETS: dict[str, Compensation] = {
     "sink": Compensation(("layer",), "sink"),
     "positional": Compensation(("layer",), "positional"),
     "paper": Compensation(("layer", "block"), "positional"),
+    "search": Compensation((SEARCH,), "positional"),
+    "shrink": Compensation(("layer",), "shrink"),
+    "lowrank": Compensation(("layer",), "lowrank"),
+    "affine": Compensation(("layer",), method="affine"),
+    "linear": Compensation(("block",), method="linear"),
+    "classic": Compensation(("layer",), method="classic"),
 }
+
+
+def presets(*, vision: bool = False) -> dict[str, Compensation]:
+    """Name → settings. ``paper`` is the paper's main setting: of language models, or of vision models."""
+    if not vision:
+        return PRESETS
+    return PRESETS | {"paper": Compensation(("layer", "model"), "positional")}

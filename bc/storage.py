@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import fields
@@ -17,9 +18,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bc.activation_grids import Affine, LogSqrt2, Noisy, ReparametrisedAffine, Symmetric, TwinGELU, TwinSoftmax
+from bc.activations import ActivationQuantizer
 from bc.grid import QuantizedWeight, group_index
 from bc.quantizers.awq import ScaledWeight
+from bc.quantizers.base import SiteResult
 from bc.quantizers.billm import BinaryWeight
+from bc.quantizers.repq_vit import ReparametrisedWeight
 from bc.quantizers.sign import SignWeight
 
 
@@ -50,7 +55,62 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.packbits(padded, axis=1).reshape(shape).copy())
 
 
-KINDS: dict[str, type] = {"affine": QuantizedWeight, "scaled": ScaledWeight, "binary": BinaryWeight, "sign": SignWeight}
+KINDS: dict[str, type] = {
+    "affine": QuantizedWeight,
+    "scaled": ScaledWeight,
+    "binary": BinaryWeight,
+    "sign": SignWeight,
+    "reparametrised": ReparametrisedWeight,
+}
+ACTIVATIONS: tuple[type[ActivationQuantizer], ...] = (
+    ActivationQuantizer,
+    Symmetric,
+    Affine,
+    ReparametrisedAffine,
+    TwinGELU,
+    TwinSoftmax,
+    LogSqrt2,
+    Noisy,
+)
+
+
+def store_result(name: str, result: SiteResult, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Put the tensors of a site's result beside the others; returns what the header has to say of it."""
+    site = {} if result.weight is None else store_weight(name, result.weight, tensors)
+    site["notes"] = result.notes
+    if result.inputs:
+        inputs = [_store_input(f"{name}.input{i}", quantizer, tensors) for i, quantizer in enumerate(result.inputs)]
+        site["inputs"] = inputs
+    return site
+
+
+def restore_result(name: str, site: dict[str, Any], tensors: dict[str, Tensor]) -> SiteResult:
+    """A site's result from its tensors and what the header says of it."""
+    weight = restore_weight(name, site, tensors) if "kind" in site else None
+    inputs = [_restore_input(f"{name}.input{i}", facts, tensors) for i, facts in enumerate(site.get("inputs", ()))]
+    return SiteResult(weight, inputs, site["notes"])
+
+
+def _store_input(name: str, quantizer: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    if type(quantizer) not in ACTIVATIONS:
+        raise TypeError(f"{name}: a {type(quantizer).__name__} cannot be saved")
+    facts: dict[str, Any] = {"kind": type(quantizer).__name__}
+    if hasattr(quantizer, "bits"):
+        facts["bits"] = quantizer.bits
+    if isinstance(quantizer, Noisy):
+        facts["base"] = _store_input(f"{name}.base", quantizer.base, tensors)
+    tensors |= {f"{name}.{key}": value for key, value in quantizer.named_buffers(recurse=False)}
+    return facts
+
+
+def _restore_input(name: str, facts: dict[str, Any], tensors: dict[str, Tensor]) -> ActivationQuantizer:
+    cls = {kind.__name__: kind for kind in ACTIVATIONS}[facts["kind"]]
+    values: dict[str, Any] = {key: value for key, value in facts.items() if key != "kind"}
+    if "base" in values:
+        values["base"] = _restore_input(f"{name}.base", facts["base"], tensors)
+    start = f"{name}."
+    own = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
+    return cls(**values, **{key: value for key, value in own.items() if "." not in key})
 
 
 def store_weight(name: str, weight: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -118,13 +178,23 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
     try:
         temporary = folder / path.name
-        save_file(tensors, str(temporary), {**metadata, "content": content_hash(tensors, metadata)})
+        _save(tensors, temporary, {**metadata, "content": content_hash(tensors, metadata)})
         share(temporary)
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.replace(path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Save, with an error of the system (a full disk, say) raised as one."""
+    try:
+        save_file(tensors, str(path), metadata)
+    except SafetensorError as error:
+        if found := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        raise
 
 
 def share(path: Path) -> None:

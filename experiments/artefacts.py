@@ -16,15 +16,17 @@ from filelock import FileLock, Timeout
 from safetensors import safe_open
 
 from bc.checkpoint import DamagedFileError, load_means, load_weights, save_means, save_weights
-from bc.compensation import PositionSums
-from bc.quantizers.base import WeightResult
+from bc.quantizers.base import SiteResult
+from bc.settings import REGULARISED
+from bc.statistics import PositionSums
 from experiments.config import CellConfig
 from experiments.identity import means_hash, weights_hash
-from experiments.store import set_aside
+from experiments.store import remove_leftovers, set_aside
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 DIGITS = 16  # of the hash, in file names
+MEANS_FILE = "means.safetensors"
 
 
 @dataclass
@@ -43,8 +45,8 @@ class Shared(Generic[T]):
 
 
 def quantized_weights(
-    results: Path, cell: CellConfig, make: Callable[[], dict[str, WeightResult]]
-) -> Shared[dict[str, WeightResult]]:
+    results: Path, cell: CellConfig, make: Callable[[], dict[str, SiteResult]]
+) -> Shared[dict[str, SiteResult]]:
     """The quantized weights of a cell, made if they are not there.
 
     Args:
@@ -54,11 +56,11 @@ def quantized_weights(
     """
     digits = weights_hash(cell)[:DIGITS]
 
-    def load(path: Path) -> tuple[dict[str, WeightResult], float]:
+    def load(path: Path) -> tuple[dict[str, SiteResult], float]:
         weights, metadata = load_weights(path)
         return weights, float(metadata["seconds"])
 
-    def save(path: Path, weights: dict[str, WeightResult], seconds: float) -> None:
+    def save(path: Path, weights: dict[str, SiteResult], seconds: float) -> None:
         save_weights(path, weights, {"seconds": repr(seconds), "identity": weights_hash(cell)})
 
     return _obtain(results / "artefacts" / f"weights-{digits}.safetensors", make, load, save)
@@ -68,15 +70,16 @@ def float_statistics(
     results: Path, cell: CellConfig, make: Callable[[], dict[str, PositionSums]]
 ) -> Shared[dict[str, PositionSums]]:
     """The float model's sums of inputs by position, made if they are not there; arguments as above."""
-    digits = means_hash(cell)[:DIGITS]
+    halves = cell.bc.granularity in REGULARISED
+    digits = means_hash(cell, halves)[:DIGITS]
 
     def load(path: Path) -> tuple[dict[str, PositionSums], float]:
         means = load_means(path)
-        with safe_open(str(path / "means.safetensors"), framework="pt") as file:
+        with safe_open(str(path / MEANS_FILE), framework="pt") as file:
             return means, float(file.metadata()["seconds"])
 
     def save(path: Path, means: dict[str, PositionSums], seconds: float) -> None:
-        save_means(path, means, {"seconds": repr(seconds), "identity": means_hash(cell)})
+        save_means(path, means, {"seconds": repr(seconds), "identity": means_hash(cell, halves)})
 
     return _obtain(results / "artefacts" / f"means-{digits}", make, load, save)
 
@@ -95,6 +98,11 @@ def _obtain(
         log.info("  waiting for %s, which another process is making", path.name)
         lock.acquire()
     try:
+        remove_leftovers(path.parent, path.name)
+        if path.is_dir():
+            remove_leftovers(path, MEANS_FILE)
+            if not any(path.iterdir()):  # it was never finished
+                path.rmdir()
         if path.exists():
             try:
                 return Shared(*load(path), found=True)

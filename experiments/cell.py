@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from bc import chains, models, pipeline, quantizers
 from bc import device as devices
-from bc import models, pipeline, quantizers
-from bc.checkpoint import save_model
+from bc.checkpoint import MODEL_FILE, save_model
 from bc.errors import UserError
-from bc.evaluation import evaluate_perplexity
+from bc.quantizers.base import SiteResult
 from bc.report import Report
-from experiments.artefacts import float_statistics, quantized_weights
-from experiments.checks import check_sources
-from experiments.config import CellConfig, EngineConfig, RunConfig
-from experiments.identity import SCHEMA, bc_label, cell_hash, scientific, slug
+from bc.scope_search import search_scope
+from bc.settings import REGULARISED, Compensation
+from bc.statistics import PositionSums
+from experiments.artefacts import Shared, float_statistics, quantized_weights
+from experiments.attempts import with_smaller_batches
+from experiments.config import BATCH, CellConfig, RunConfig
+from experiments.data import ImageData
+from experiments.identity import SCHEMA, bc_name, cell_hash, scientific, slug
 from experiments.provenance import Stopwatch, provenance
 from experiments.store import FAILED, INTERRUPTED, RUNNING, CellStore
+from experiments.tasks import Samples, task_of
 from experiments.wandb_logger import Mirror
 
 log = logging.getLogger(__name__)
@@ -45,20 +50,11 @@ class Outcome:
     mistake: bool = False
 
 
-@dataclass
-class Samples:
-    """Windows of token ids of a cell."""
-
-    calibration: Tensor | None
-    selection: Tensor | None
-    test: dict[str, Tensor] = field(default_factory=dict)
-
-
 def run_cell(run: RunConfig) -> Outcome:
     """Run a cell unless it is complete or another process is at it; failures are recorded, not raised."""
     name = slug(run.cell)
     store = CellStore(run.results, name, cell_hash(run.cell))
-    keep = run.save_model and not run.cell.is_float and not checkpoint_folder(run).is_dir()
+    keep = run.save_model and not run.cell.is_float and not (checkpoint_folder(run) / MODEL_FILE).is_file()
     if (done := store.result()) and not keep:
         return Outcome("skipped", name, f"{name}: complete already, {metrics_line(done)}")
     with store.lock() as free:
@@ -77,7 +73,7 @@ def _run_locked(run: RunConfig, store: CellStore) -> Outcome:
     log.info("%s: starts", store.slug)
     mirror = Mirror(run, store.slug)
     try:
-        result, sites = compute(run, mirror)
+        result, sites = with_smaller_batches(run, lambda attempt: compute(attempt, mirror))
         store.commit(result, sites)
         mirror.complete(result, sites)
     except Exception as error:
@@ -101,28 +97,25 @@ def compute(run: RunConfig, mirror: Mirror) -> tuple[dict[str, Any], list[dict[s
     """Compute a cell's result and its per-site table."""
     cell, watch = run.cell, Stopwatch()
     quiet_without_terminal()
-    engine = make_engine(run.engine)
+    engine = make_engine(run)
     torch.manual_seed(cell.seed)
-    check_sources(cell)
+    task = task_of(cell)
+    task.check(cell)
     mirror.start()
     devices.reset_peak_memory(engine.device)
     with watch.stage("data"):
-        samples = load_samples(cell)
+        samples = task.samples(cell)
     with watch.stage("load"):
-        model = models.load(
-            cell.model.name, path=cell.model.path, dtype=cell.model.dtype, attention=cell.model.attention
-        )
-    report, facts = _float_report(model), {"seconds_quantize": 0.0, "seconds_bc": 0.0}
+        model = task.load(cell)
+    chains.check_scopes(chains.chain_of(model), cell.bc.scope)
+    report, facts = float_report(model), {"seconds_quantize": 0.0, "seconds_bc": 0.0}
     if not cell.is_float:
         report, facts = quantize(run, model, samples, engine, watch)
         if run.save_model:
             write_checkpoint(run, model)
-    metrics = []
-    for dataset, windows in samples.test.items():
-        with watch.stage("evaluate"):
-            value = evaluate_perplexity(model, windows, engine)
-        metrics.append({"dataset": dataset, "metric": "perplexity", "value": value, "test_samples": len(windows)})
-        mirror.log({f"perplexity/{dataset}": value})
+    with watch.stage("evaluate"):
+        metrics = task.evaluate(model, samples, engine, cell)
+    mirror.log({f"{row['metric']}/{row['dataset']}": row["value"] for row in metrics})
     before, after = report.error("held_out") or (None, None)
     sites = [site.row() for site in report.sites]
     result = {
@@ -130,7 +123,7 @@ def compute(run: RunConfig, mirror: Mirror) -> tuple[dict[str, Any], list[dict[s
         "cell": cell_hash(cell),
         "slug": slug(cell),
         "config": scientific(cell),
-        "label": label(cell),
+        "label": label(cell) | {key: facts.pop(key) for key in ("scope",) if key in facts},
         "metrics": metrics,
         "bits_per_weight": report.bits_per_weight,
         "bias_parameters": report.bias_parameters,
@@ -149,38 +142,71 @@ def compute(run: RunConfig, mirror: Mirror) -> tuple[dict[str, Any], list[dict[s
 
 def quantize(
     run: RunConfig, model: Any, samples: Samples, engine: pipeline.Engine, watch: Stopwatch
-) -> tuple[Report, dict[str, float]]:
+) -> tuple[Report, dict[str, Any]]:
     """Quantize and compensate a model in place, by way of the artefacts that cells share.
 
     Returns:
-        The report, and the seconds of quantization (of when the weights were made) and of BC (statistics included).
+        The report; and the seconds of quantization (of when the weights were made) and of BC (statistics included),
+        and the scope where it was searched.
     """
-    cell = run.cell
+    cell, settings = run.cell, run.cell.bc
     assert samples.calibration is not None
     calibration = samples.calibration
     quantizer = quantizers.create(cell.quantizer, cell.bits, **cell.options)
     say_short_groups(model, cell)
-    means = None
-    if "layer" in cell.bc.scope:
+    means, halves = None, settings.granularity in REGULARISED
+    closed = settings.method == "bias" and ("layer" in settings.scope or settings.searched)
+    if cell.domain == "text" and closed:
         with watch.stage("statistics"):
-            means = float_statistics(run.results, cell, lambda: pipeline.float_means(model, calibration, engine))
+            means = float_statistics(
+                run.results, cell, lambda: pipeline.float_means(model, calibration, engine, halves=halves)
+            )
     with watch.stage("quantize"):
         weights = quantized_weights(
             run.results, cell, lambda: pipeline.calibrate(model, quantizer, calibration, engine)
         )
+    facts: dict[str, Any] = {"seconds_quantize": weights.seconds}
+    if settings.searched:
+        with watch.stage("search"):
+            settings, facts["scope_search"] = choose_scope(model, weights.value, samples, engine, cell, means)
+        facts["scope"] = "+".join(settings.scope)
+        log.info("  scope %s is best on the selection samples", facts["scope"])
     with watch.stage("compensate"):
         report = pipeline.compensate(
             model,
             weights.value,
-            cell.bc,
-            calibration,
+            settings,
+            samples.fit,
             engine,
             means=means.value if means else None,
-            report_calibration=_first(calibration, cell.report.calibration_samples),
+            report_calibration=_first(samples.fit, cell.report.calibration_samples),
             report_held_out=_first(samples.selection, cell.report.held_out_samples),
         )
     spent = watch.seconds["compensate"] - report.seconds_measure + (means.seconds if means else 0.0)
-    return report, {"seconds_quantize": weights.seconds, "seconds_bc": spent if cell.bc.enabled else 0.0}
+    return report, facts | {"seconds_bc": spent if cell.bc.enabled else 0.0}
+
+
+def choose_scope(
+    model: Any,
+    quantized: dict[str, SiteResult],
+    samples: Samples,
+    engine: pipeline.Engine,
+    cell: CellConfig,
+    means: Shared[dict[str, PositionSums]] | None,
+) -> tuple[Compensation, list[dict[str, Any]]]:
+    """The settings with the scope that is best on the selection samples, and what every union scored."""
+    task = task_of(cell)
+    assert samples.fit is not None
+    settings, trials = search_scope(
+        model,
+        quantized,
+        cell.bc,
+        samples.fit,
+        engine,
+        lambda twin: task.selection_score(twin, samples, engine),
+        means.value if means else None,
+    )
+    return settings, [{"scope": "+".join(t.scope), "score": list(t.score)} for t in trials]
 
 
 def checkpoint_folder(run: RunConfig) -> Path:
@@ -197,9 +223,9 @@ def write_checkpoint(run: RunConfig, model: Any) -> None:
 
 def keep_checkpoint(run: RunConfig) -> None:
     """Make the checkpoint of a cell that is complete; its result stays as it is."""
-    cell, engine = run.cell, make_engine(run.engine)
-    model = models.load(cell.model.name, path=cell.model.path, dtype=cell.model.dtype, attention=cell.model.attention)
-    quantize(run, model, load_samples(cell), engine, Stopwatch())
+    cell, task = run.cell, task_of(run.cell)
+    model = task.load(cell)
+    quantize(run, model, task.samples(cell), make_engine(run), Stopwatch())
     write_checkpoint(run, model)
 
 
@@ -207,12 +233,12 @@ def _first(windows: Tensor | None, count: int) -> Tensor | None:
     return windows[:count] if windows is not None and count else None
 
 
-def _float_report(model: Any) -> Report:
+def float_report(model: Any) -> Report:
     """Storage of the float model: what quantization would have shrunk."""
-    linears = [m for _, m in pipeline.sites(model, models.family_of(model))]
-    tensors = [t for m in linears for t in (m.weight, m.bias) if t is not None]
+    modules = [site.module for site in chains.chain_of(model).sites if site.kind != "matmul"]
+    tensors: list[Any] = [t for m in modules for t in (m.weight, m.bias) if t is not None]
     bits = sum(t.numel() * t.element_size() * 8 for t in tensors)
-    return Report([], bits, sum(m.weight.numel() for m in linears), 0)
+    return Report([], bits, sum(t.numel() for m in modules if isinstance(t := m.weight, Tensor)), 0)
 
 
 def say_short_groups(model: Any, cell: CellConfig) -> None:
@@ -220,37 +246,22 @@ def say_short_groups(model: Any, cell: CellConfig) -> None:
     size = cell.bits.group_size
     if size < 1:
         return
-    for inputs in sorted({m.in_features for _, m in pipeline.sites(model, models.family_of(model))}):
+    linears = [site.module for site in chains.chain_of(model).sites if isinstance(site.module, nn.Linear)]
+    for inputs in sorted({module.in_features for module in linears}):
         if inputs % size:
             log.info(
                 "  bits.group_size: %d does not divide %d inputs; the last group has %d", size, inputs, inputs % size
             )
 
 
-def load_samples(cell: CellConfig) -> Samples:
-    """Tokenize the texts that a cell needs."""
-    from bc.data import text
-
-    data, seed = cell.data, cell.seed
-    tokenizer = models.load_tokenizer(cell.model.name, path=cell.model.path)
-    out = Samples(None, None)
-    if not cell.is_float:
-        c, count = data.calibration, data.selection.samples
-        out.calibration = text.calibration_windows(c.dataset, tokenizer, c.samples, c.window, seed, data.paths)
-        if count:
-            out.selection = text.selection_windows(c.dataset, tokenizer, count, c.window, seed, data.paths)
-    e = data.evaluation
-    for dataset in e.datasets:
-        out.test[dataset] = text.test_windows(dataset, tokenizer, e.window, e.limit, data.paths)
-    return out
-
-
-def make_engine(config: EngineConfig) -> pipeline.Engine:
+def make_engine(run: RunConfig) -> pipeline.Engine:
     """The engine on its device, with the fixed arithmetic policy."""
+    config = run.engine
     devices.make_deterministic()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    return pipeline.Engine(devices.resolve(config.device), config.batch_size, config.activations)
+    batch_size = config.batch_size or BATCH[run.cell.domain]
+    return pipeline.Engine(devices.resolve(config.device), batch_size, config.activations)
 
 
 def quiet_without_terminal() -> None:
@@ -263,24 +274,30 @@ def quiet_without_terminal() -> None:
 
 def seeds(cell: CellConfig) -> dict[str, int]:
     """Seed of each set of samples."""
-    return {} if cell.is_float else {"calibration": cell.seed, "selection": cell.seed}
+    if cell.is_float:
+        return {}
+    if isinstance(cell.data, ImageData):
+        calibration, fit = cell.data.with_seed(cell.seed)
+        return {"calibration": calibration, "compensation": fit, "selection": cell.seed}
+    return {"calibration": cell.seed, "selection": cell.seed}
 
 
 def label(cell: CellConfig) -> dict[str, Any]:
     """A cell's settings under the column names of cells.csv."""
     bc, data = cell.bc, cell.data.calibration
+    fit = cell.data.compensation if isinstance(cell.data, ImageData) and bc.enabled else data
     return {
         "model": cell.model.name,
         "quantizer": cell.quantizer,
         "w_bits": cell.bits.weight,
         "a_bits": cell.bits.activation,
         "group_size": cell.bits.group_size,
-        "bc": bc_label(bc),
+        "bc": bc_name(cell),
         "granularity": bc.granularity if bc.enabled else "",
         "scope": "+".join(bc.scope),
         "stream": bc.stream if bc.enabled else "",
         "calibration_data": "" if cell.is_float else data.dataset,
-        "calibration_samples": 0 if cell.is_float else data.samples,
+        "calibration_samples": 0 if cell.is_float else fit.samples,
         "seed": 0 if cell.is_float else cell.seed,
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 from bc.errors import UserError, unknown
 from experiments.config import RunConfig, run_config
 
+HYDRAS, OURS = ("hydra", "omegaconf", "antlr4", "yaml"), ("experiments", "bc")
 CONFIG_MODULE, CONFIG_NAME = "conf", "config"
 AXES = ("model", "quantizer", "bits", "bc", "data", "seed")  # order of a product, first varies slowest
 
@@ -159,8 +161,21 @@ def one_line_errors() -> Iterator[None]:
     """Turn Hydra's and OmegaConf's errors into :class:`UserError`."""
     try:
         yield
-    except (HydraException, OmegaConfBaseException) as error:
+    except UserError:
+        raise
+    except Exception as error:
+        if not from_hydra(error):
+            raise
         raise one_line(error) from error
+
+
+def from_hydra(error: BaseException) -> bool:
+    """Whether Hydra, OmegaConf or their parser raised an error; not all of theirs are of their own classes."""
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        return True
+    names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    packages = [name.partition(".")[0] for name in names]
+    return next((p in HYDRAS for p in reversed(packages) if p in HYDRAS or p in OURS), False)
 
 
 def one_line(error: BaseException) -> UserError:

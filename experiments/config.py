@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from bc import quantizers
+from bc import models, quantizers, vision
 from bc.errors import UserError, unknown
-from bc.settings import Bits, Compensation, build_dataclass
+from bc.settings import Bits, Compensation, build_dataclass, presets
+from experiments.data import DataConfig, ImageData, data_config, require, section, strings
 
 T = TypeVar("T")
 
 FLOAT = "none"  # the quantizer that leaves the model as it is
+REPORT = {"text": (4, 8), "images": (64, 64)}  # samples on which errors are measured, where nothing is said
+BATCH = {"text": 4, "images": 64}
 
 
 @dataclass(frozen=True)
@@ -34,62 +37,11 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class CalibrationConfig:
-    """Samples that fit."""
-
-    dataset: str
-    samples: int
-    window: int
-
-    def __post_init__(self) -> None:
-        require("data.calibration.samples", self.samples, 1)
-        require("data.calibration.window", self.window, 2)
-
-
-@dataclass(frozen=True)
-class SelectionConfig:
-    """Samples that fit nothing and choose between settings."""
-
-    samples: int
-
-    def __post_init__(self) -> None:
-        require("data.selection.samples", self.samples, 0)
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """Test texts."""
-
-    datasets: tuple[str, ...]
-    window: int
-    limit: int | None = None
-
-    def __post_init__(self) -> None:
-        require("data.evaluation.window", self.window, 2)
-        if self.limit is not None:
-            require("data.evaluation.limit", self.limit, 1)
-        if not self.datasets or len(set(self.datasets)) != len(self.datasets):
-            raise UserError(
-                f"data.evaluation.datasets: {list(self.datasets)} is not allowed; name one or more, each once"
-            )
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Calibration, selection and test texts; ``paths`` are not part of a cell's identity."""
-
-    calibration: CalibrationConfig
-    selection: SelectionConfig
-    evaluation: EvaluationConfig
-    paths: dict[str, str | None] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class ReportConfig:
     """On how many samples the output error of every site is measured."""
 
-    calibration_samples: int = 4
-    held_out_samples: int = 8
+    calibration_samples: int
+    held_out_samples: int
 
     def __post_init__(self) -> None:
         require("report.calibration_samples", self.calibration_samples, 0)
@@ -101,14 +53,15 @@ class EngineConfig:
     """How a cell runs; of no effect on results beyond rounding."""
 
     device: str = "auto"
-    batch_size: int = 4
+    batch_size: int | None = None
     activations: Literal["device", "host", "disk"] = "host"
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        require("engine.batch_size", self.batch_size, 1)
-        if self.threads is not None:
-            require("engine.threads", self.threads, 1)
+        for name in ("batch_size", "threads"):
+            value = getattr(self, name)
+            if value is not None:
+                require(f"engine.{name}", value, 1)
 
 
 @dataclass(frozen=True)
@@ -140,6 +93,16 @@ class CellConfig:
         """Whether nothing is quantized."""
         return self.quantizer == FLOAT
 
+    @property
+    def domain(self) -> Literal["text", "images"]:
+        """Whether it is about a language or a vision model."""
+        return "images" if isinstance(self.data, ImageData) else "text"
+
+    @property
+    def metric(self) -> str:
+        """What its table shows."""
+        return "top1" if self.domain == "images" else "perplexity"
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -152,12 +115,6 @@ class RunConfig:
     results: Path
     on_error: str
     save_model: bool = False
-
-
-def require(where: str, value: int, low: int) -> None:
-    """Refuse a number below a bound."""
-    if value < low:
-        raise UserError(f"{where}: {value} is not allowed; use {low} or more")
 
 
 def run_config(values: Mapping[str, Any]) -> RunConfig:
@@ -180,10 +137,13 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
         raise UserError(f"save_model: {values['save_model']!r} is not allowed; use true or false")
     if not isinstance(values["results_dir"], str):
         raise UserError(f"results_dir: {values['results_dir']!r} is not a folder name; set results_dir=results")
+    cell = cell_config(values)
+    if values["save_model"] and cell.domain == "images":
+        raise UserError("save_model: true is for language models; set save_model=false for a vision model")
     logger = dict(section(values, "logger"))
     logger["tags"] = strings("logger.tags", logger.get("tags", ()))
     return RunConfig(
-        cell=cell_config(values),
+        cell=cell,
         engine=build_dataclass(EngineConfig, dict(section(values, "engine")), "engine"),
         logger=build_dataclass(LoggerConfig, logger, "logger"),
         experiment=str(section(values, "experiment").get("name", "adhoc")),
@@ -199,56 +159,50 @@ def cell_config(values: Mapping[str, Any]) -> CellConfig:
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise UserError(f"seed: {seed!r} is not allowed; use a whole number of 0 or more")
     bc = dict(section(values, "bc"))
-    bc["scope"] = strings("bc.scope", bc.get("scope", ()))
+    data = data_config(section(values, "data"))
+    domain: Literal["text", "images"] = "images" if isinstance(data, ImageData) else "text"
+    for key in ("scope", "kinds"):
+        bc[key] = strings(f"bc.{key}", bc.get(key, ()))
+    if bc["scope"] == ("paper",):
+        bc["scope"] = presets(vision=domain == "images")["paper"].scope
+    model = build_dataclass(ModelConfig, dict(section(values, "model")), "model")
+    check_domain(model.name, domain)
     bits = build_dataclass(Bits, dict(section(values, "bits")), "bits")
     options = dict(section(values, "quantizer"))
     name = options.pop("name", None)
     cell = CellConfig(
-        model=build_dataclass(ModelConfig, dict(section(values, "model")), "model"),
+        model=model,
         quantizer=name,
-        options=quantizer_options(name, bits, options),
+        options=quantizer_options(name, bits, options, domain),
         bits=bits,
         bc=build_dataclass(Compensation, bc, "bc"),
-        data=data_config(section(values, "data")),
-        report=build_dataclass(ReportConfig, dict(section(values, "report")), "report"),
+        data=data,
+        report=report_config(section(values, "report"), domain),
         seed=seed,
     )
     check_combination(cell)
     return cell
 
 
-def data_config(values: Mapping[str, Any]) -> DataConfig:
-    """Check the data section."""
-    for key in values:
-        if key not in ("calibration", "selection", "evaluation", "paths"):
-            raise unknown("data option", key, ("calibration", "selection", "evaluation", "paths"))
-    evaluation = dict(section(values, "evaluation", "data."))
-    evaluation["datasets"] = strings("data.evaluation.datasets", evaluation.get("datasets", ()))
-    paths = dict(section(values, "paths", "data.")) if values.get("paths") else {}
-    for key, path in paths.items():
-        if path is not None and not isinstance(path, str):
-            raise UserError(f"data.paths.{key}: {path!r} is a {type(path).__name__}; a path or null is needed")
-    calibration = dict(section(values, "calibration", "data."))
-    return DataConfig(
-        calibration=build_dataclass(CalibrationConfig, calibration, "data.calibration"),
-        selection=build_dataclass(SelectionConfig, dict(section(values, "selection", "data.")), "data.selection"),
-        evaluation=build_dataclass(EvaluationConfig, evaluation, "data.evaluation"),
-        paths=paths,
-    )
+def report_config(values: Mapping[str, Any], domain: str) -> ReportConfig:
+    """Check the report section; null is the domain's usual number."""
+    usual = dict(zip(("calibration_samples", "held_out_samples"), REPORT[domain], strict=True))
+    given = {key: value for key, value in values.items() if value is not None or key not in usual}
+    return build_dataclass(ReportConfig, usual | given, "report")
 
 
-def quantizer_options(name: Any, bits: Bits, options: dict[str, Any]) -> dict[str, Any]:
+def quantizer_options(name: Any, bits: Bits, options: dict[str, Any], domain: str) -> dict[str, Any]:
     """A quantizer's options with defaults filled in, checked by making the quantizer."""
     if name == FLOAT:
         if options:
             raise unknown("quantizer.none option", next(iter(options)), ["(none)"])
         return {}
-    if name not in quantizers.available():
+    if not isinstance(name, str) or name not in quantizers.available():
         raise unknown("quantizer.name", name, [FLOAT, *quantizers.available()])
-    if quantizers.available()[name].kind == "weight_activation":
+    if quantizers.available()[name].kind == "weight_activation" and domain == "text":
         raise UserError(
-            f"quantizer: {name!r} quantizes the weights and activations of vision models, which cannot be run yet; "
-            f"choose one of {', '.join(quantizers.of_kind('weight'))}"
+            f"quantizer: {name!r} quantizes the weights and activations of vision models; for a language model "
+            f"choose one of {', '.join(quantizers.of_kind('weight'))}, or set data=imagenet or data=embedded_vision"
         )
     if bits.weight == 16 and bits.activation == 16:
         raise UserError(f"bits: float does not go with quantizer={name}; set quantizer=none or bits=w4")
@@ -267,18 +221,18 @@ def check_combination(cell: CellConfig) -> None:
             f"report.held_out_samples: {cell.report.held_out_samples} is more than the "
             f"{cell.data.selection.samples} of data.selection.samples; lower the one or raise the other"
         )
+    strange = [scope for scope in ("downsample", "stage") if scope in cell.bc.scope]
+    if strange and cell.domain == "text":
+        raise UserError(
+            f"bc.scope: no {strange[0]!r} in a language model; allowed: layer, attention, mlp, block, model"
+        )
+    if cell.bc.searched and not cell.data.selection.samples:
+        raise UserError("data.selection.samples: 0 leaves nothing to choose a scope on; set it to 1 or more")
 
 
-def section(values: Mapping[str, Any], key: str, prefix: str = "") -> Mapping[str, Any]:
-    """A part of the configuration that has to be a mapping."""
-    part = values.get(key)
-    if not isinstance(part, Mapping):
-        raise UserError(f"{prefix}{key}: {part!r} is not a group of settings; choose an option of conf/{key}")
-    return part
-
-
-def strings(where: str, value: Any) -> tuple[str, ...]:
-    """A list of names as a tuple."""
-    if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
-        raise UserError(f"{where}: {value!r} is not a list of names; write {where}=[name,name]")
-    return tuple(value)
+def check_domain(name: str, domain: str) -> None:
+    """Refuse a vision model with texts and a language model with images."""
+    if domain == "text" and name in vision.catalogue():
+        raise UserError(f"model: {name!r} is a vision model; set data=imagenet or data=embedded_vision")
+    if domain == "images" and name in models.catalogue():
+        raise UserError(f"model: {name!r} is a language model; set data=llm or data=embedded_llm")

@@ -1,6 +1,6 @@
-"""Draw an experiment's perplexities from cells.csv: ``python -m experiments.figures demo [--results DIR]``.
+"""Draw an experiment's results from cells.csv: ``python -m experiments.figures demo [--results DIR]``.
 
-A panel a test text, a group of bars a setting, a bar a kind of Bias Compensation, a line for the float model.
+A panel a model and test set, a group of bars a setting, a bar a kind of Bias Compensation, a line for the float model.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bc.errors import UserError
-from experiments.identity import bc_label
+from experiments.disk import one_line_disk_errors
+from experiments.identity import bc_name
 from experiments.published import method_name
 from experiments.tables import Line, stored_lines
 
@@ -43,7 +44,7 @@ def draw(title: str, lines: Sequence[Line]) -> Figure:
     if not known:
         raise UserError("figures: cells.csv has no value of this experiment; run it, then python -m experiments.tables")
     panels = list(dict.fromkeys((line.cell.model.name, line.dataset) for line in known))
-    kinds = list(dict.fromkeys(bc_label(line.cell.bc) for line in known if not line.cell.is_float))
+    kinds = list(dict.fromkeys(bc_name(line.cell) for line in known if not line.cell.is_float))
     bars = len({_setting(line) for line in known if not line.cell.is_float}) * (len(kinds) + 1)
     size = (max(PANEL[0], BAR * bars), PANEL[1] * len(panels))
     figure = Figure(figsize=size, layout="constrained")
@@ -56,14 +57,14 @@ def draw(title: str, lines: Sequence[Line]) -> Figure:
 
 
 def draw_panel(axes: Axes, lines: Sequence[Line], kinds: Sequence[str]) -> None:
-    """One test text: bars of every setting and kind of BC."""
+    """One model and test set: bars of every setting and kind of BC."""
     from matplotlib.ticker import LogFormatter
 
     bars = [line for line in lines if not line.cell.is_float]
     settings = list(dict.fromkeys(_setting(line) for line in bars))
     width = 0.8 / max(len(kinds), 1)
     for number, kind in enumerate(kinds):
-        shown = [line for line in bars if bc_label(line.cell.bc) == kind]
+        shown = [line for line in bars if bc_name(line.cell) == kind]
         places = [settings.index(_setting(line)) + (number - (len(kinds) - 1) / 2) * width for line in shown]
         drawn = axes.bar(
             places,
@@ -81,12 +82,13 @@ def draw_panel(axes: Axes, lines: Sequence[Line], kinds: Sequence[str]) -> None:
         if line.cell.is_float and line.mean is not None:
             axes.axhline(line.mean, color="black", linestyle="--", linewidth=1, label=f"float ({line.mean:.2f})")
     values = [line.mean for line in lines if line.mean is not None]
-    if max(values) > LOG_ABOVE * min(values):
+    perplexity = lines[0].cell.metric == "perplexity"
+    if perplexity and max(values) > LOG_ABOVE * min(values):
         axes.set_yscale("log")
         for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 1)))
     axes.set_xticks(range(len(settings)), [setting.replace(" ", "\n") for setting in settings])
-    axes.set_ylabel("perplexity (lower is better)")
+    axes.set_ylabel("perplexity (lower is better)" if perplexity else "top-1 in % (higher is better)")
     axes.margins(y=0.1)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
@@ -104,11 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     try:
         figure = draw(*stored_lines(options.experiment, options.overrides, options.results))
+        with one_line_disk_errors("--results"):
+            for path in save(figure, options.results / "figures" / options.experiment):
+                print(path)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for path in save(figure, options.results / "figures" / options.experiment):
-        print(path)
     return 0
 
 

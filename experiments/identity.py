@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, replace
 from typing import Any
 
-from bc import models
-from bc.settings import PRESETS, Compensation
+from bc import models, vision
+from bc.settings import KINDS, REGULARISED, Compensation, presets
+from bc.vision.checkpoints import embedded_revision
 from experiments.config import CellConfig
+from experiments.data import ImageData
 
 SCHEMA = 1  # raise when the meaning of a setting or of a stored result changes
 
@@ -35,6 +38,10 @@ def scientific(cell: CellConfig) -> dict[str, Any]:
         "evaluation": asdict(data.evaluation) | {"datasets": sorted(data.evaluation.datasets)},
         "seed": cell.seed,
     }
+    if isinstance(data, ImageData):
+        calibration, fit = data.with_seed(cell.seed)
+        out["calibration"]["seed"] = calibration
+        out["compensation"] = {"samples": data.compensation.samples, "seed": fit} if cell.bc.enabled else None
     if cell.is_float:
         out |= {"calibration": None, "selection": None, "report": None, "seed": 0}
     return out
@@ -42,8 +49,15 @@ def scientific(cell: CellConfig) -> dict[str, Any]:
 
 def model_part(cell: CellConfig) -> dict[str, Any]:
     """Model tag and revision; a model that no catalogue knows is its name."""
-    source = models.catalogue().get(cell.model.name)
     part = {"name": cell.model.name, "dtype": cell.model.dtype}
+    if cell.domain == "images":
+        image = vision.catalogue().get(cell.model.name)
+        if image is None:
+            return part
+        if not image.embedded:
+            return part | {"repo": image.timm}
+        return part | {"repo": image.embedded, "revision": embedded_revision(image.embedded)}
+    source = models.catalogue().get(cell.model.name)
     if source is None:
         return part
     return part | {"repo": source.embedded or source.repo, "revision": source.revision}
@@ -53,10 +67,15 @@ def bc_part(bc: Compensation) -> dict[str, Any] | None:
     """BC's settings without those that are of no effect; None for no compensation."""
     if not bc.enabled:
         return None
-    return asdict(bc) | {
+    part = asdict(bc) | {
         "scope": list(bc.scope),
-        "sink_positions": bc.sink_positions if bc.granularity == "sink" else None,
+        "kinds": list(bc.kinds),
+        "sink_positions": bc.sink_positions if bc.granularity in ("sink", *REGULARISED) else None,
     }
+    usual = {"kinds": bc.kinds == KINDS, "budget": bc.granularity != "lowrank", "method": bc.method == "bias"}
+    for name in (name for name, left_out in usual.items() if left_out):
+        del part[name]
+    return part
 
 
 def digest(value: Any) -> str:
@@ -73,13 +92,15 @@ def cell_hash(cell: CellConfig) -> str:
 def weights_hash(cell: CellConfig) -> str:
     """Identity of the quantized weights: BC off and every BC setting share it."""
     full = scientific(cell)
-    return digest({k: full[k] for k in ("schema", "model", "quantizer", "bits", "calibration", "seed")})
+    names = ("schema", "model", "quantizer", "bits", "calibration")
+    return digest({k: full[k] for k in (*names, *(("seed",) if cell.domain == "text" else ()))})
 
 
-def means_hash(cell: CellConfig) -> str:
-    """Identity of the float model's statistics: every quantizer and bit width shares it."""
+def means_hash(cell: CellConfig, halves: bool = False) -> str:
+    """Identity of the float model's statistics: every quantizer and bit width shares it; those by halves are others."""
     full = scientific(cell)
-    return digest({k: full[k] for k in ("schema", "model", "calibration", "seed")})
+    part = {k: full[k] for k in ("schema", "model", "calibration", "seed")}
+    return digest(part | {"halves": True} if halves else part)
 
 
 def with_seed(cell: CellConfig, seed: int) -> CellConfig:
@@ -87,21 +108,28 @@ def with_seed(cell: CellConfig, seed: int) -> CellConfig:
     return replace(cell, seed=seed)
 
 
-def bc_label(bc: Compensation) -> str:
+def bc_label(bc: Compensation, domain: str = "text") -> str:
     """A preset's name, or a description of the settings."""
-    for name, preset in PRESETS.items():
+    for name, preset in presets(vision=domain == "images").items():
         if bc_part(preset) == bc_part(bc):
             return name
-    text = f"{bc.granularity}{bc.sink_positions if bc.granularity == 'sink' and bc.sink_positions > 1 else ''}"
+    text: str = bc.granularity if bc.method == "bias" else bc.method
+    text += str(bc.sink_positions) if bc.granularity in ("sink", *REGULARISED) and bc.sink_positions != 1 else ""
     text += f"-{'+'.join(bc.scope)}-{bc.stream}"
+    text += "" if bc.kinds == KINDS else f"-{'+'.join(bc.kinds)}"
     return text if bc.dtype == Compensation().dtype else f"{text}-{bc.dtype}"
+
+
+def bc_name(cell: CellConfig) -> str:
+    """A cell's Bias Compensation in a word; see :func:`bc_label`."""
+    return bc_label(cell.bc, cell.domain)
 
 
 def slug(cell: CellConfig) -> str:
     """Readable name of a cell's folder: settings, then the first 8 digits of the hash."""
-    model = cell.model.name.replace("/", "_")
+    model = re.sub(r"[^\w.+-]", "_", cell.model.name, flags=re.ASCII).lstrip(".")[:80]  # one folder, below ours
     if cell.is_float:
         parts = [model, "float"]
     else:
-        parts = [model, cell.quantizer, cell.bits.label, bc_label(cell.bc), f"s{cell.seed}"]
+        parts = [model, cell.quantizer, cell.bits.label, bc_name(cell), f"s{cell.seed}"]
     return "-".join([*parts, cell_hash(cell)[:8]])

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from bc import device as devices
+from experiments.secrets import redact
 
 PACKAGES = (
     "bias-compensation",
@@ -104,5 +105,5 @@ def provenance(
         "seconds": seconds,
         "seeds": seeds,
         "experiment": experiment,
-        "command": shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]]),
+        "command": redact(shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]])),
     }

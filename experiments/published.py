@@ -6,13 +6,25 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-from bc import models
+from bc import models, vision
 from bc.errors import UserError
 from experiments.config import CellConfig
-from experiments.identity import bc_label
+from experiments.identity import bc_name
 
 # how the paper's tables print what we call otherwise
-METHODS = {"none": ("FP16", "FP32"), "rtn": ("RTN",), "gptq": ("GPTQ",), "awq": ("AWQ",), "billm": ("BiLLM",)}
+METHODS = {
+    "none": ("FP16", "FP32"),
+    "rtn": ("RTN",),
+    "gptq": ("GPTQ",),
+    "awq": ("AWQ",),
+    "billm": ("BiLLM",),
+    "base_ptq": ("Base PTQ",),
+    "easyquant": ("EasyQuant",),
+    "ptq4vit": ("PTQ4ViT",),
+    "apq_vit": ("APQ-ViT",),
+    "noisyquant": ("NoisyQuant",),
+    "repq_vit": ("RepQ-ViT",),
+}
 BITS = {"billm": "2-order binary"}
 MODELS = {"huggyllama/llama-7b": "LLaMA-7B (checkpoint not named)"}
 METRICS = {"perplexity": "ppl", "top1": "top1"}
@@ -48,7 +60,8 @@ class PublishedTable:
         with path.open(encoding="utf8", newline="") as stream:
             for row in csv.DictReader(stream):
                 if row["metric"] in METRICS.values():
-                    key = (row["method"], row["w_bits"], row["group"], row["model"], row["dataset"], row["metric"])
+                    names = ("method", "w_bits", "a_bits", "group", "model", "dataset", "metric")
+                    key = tuple(row[name] for name in names)
                     self._values[key] = Published(float(row["value"]), row["note"])
 
     def __bool__(self) -> bool:
@@ -56,18 +69,36 @@ class PublishedTable:
 
     def find(self, cell: CellConfig, dataset: str, metric: str) -> Published | None:
         """The printed value that a cell reproduces, if there is one."""
-        source = models.catalogue().get(cell.model.name)
-        label = bc_label(cell.bc)
-        if source is None or label not in ("off", "paper"):
+        label = bc_name(cell)
+        if label not in ("off", "paper"):
             return None
-        grouped = not cell.is_float and cell.quantizer not in BITS
-        group, bits = str(cell.bits.group_size) if grouped else "", BITS.get(cell.quantizer, str(cell.bits.weight))
-        model = MODELS.get(source.repo, source.repo)
-        if model in MODELS.values():  # the paper's LLaMA rows agree with the new protocols, under the old names
-            dataset = dataset.removesuffix("_new")
+        key = _vision_key(cell) if cell.domain == "images" else _language_key(cell, dataset)
+        if key is None:
+            return None
         for method in METHODS.get(cell.quantizer, ()):
             name = method + (WITH_BC if label == "paper" else "")
-            key = (name, bits, group, model, dataset, METRICS[metric])
-            if key in self._values:
-                return self._values[key]
+            if (name, *key, METRICS[metric]) in self._values:
+                return self._values[name, *key, METRICS[metric]]
         return None
+
+
+def _language_key(cell: CellConfig, dataset: str) -> tuple[str, ...] | None:
+    """Bits, group, model and data set as the tables of language models have them."""
+    source = models.catalogue().get(cell.model.name)
+    if source is None:
+        return None
+    grouped = not cell.is_float and cell.quantizer not in BITS
+    group, bits = str(cell.bits.group_size) if grouped else "", BITS.get(cell.quantizer, str(cell.bits.weight))
+    model = MODELS.get(source.repo, source.repo)
+    if model in MODELS.values():  # the paper's LLaMA rows agree with the new protocols, under the old names
+        dataset = dataset.removesuffix("_new")
+    return bits, "16", group, model, dataset
+
+
+def _vision_key(cell: CellConfig) -> tuple[str, ...] | None:
+    """Bits, group, model and data set as the table of vision models has them."""
+    source = vision.catalogue().get(cell.model.name)
+    if source is None or not source.label:
+        return None
+    weight, activation = ("32", "32") if cell.is_float else (str(cell.bits.weight), str(cell.bits.activation))
+    return weight, activation, "", source.timm.partition(".")[0], "imagenet1k_val"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from experiments.identity import bc_label, cell_hash, with_seed
+from experiments.identity import bc_name, cell_hash, with_seed
 from experiments.published import method_name
 from experiments.records import write_text
 
@@ -77,12 +77,12 @@ def wide(lines: Sequence[Line]) -> tuple[pd.DataFrame, pd.DataFrame]:
         if line.rows or not row:  # storage is known as soon as one data set was evaluated
             row |= {("", name): text for name, text in zip(SETTING, _setting(line), strict=True)}
         if with_published:
-            row[line.dataset, "published"] = number(line.published.value) if line.published else "—"
-        row[line.dataset, "ours"] = ours(line)
+            row[line.heading, "published"] = number(line.published.value) if line.published else "—"
+        row[line.heading, "ours"] = ours(line)
         if with_published:
-            row[line.dataset, "difference"] = number(line.difference, sign=True)
+            row[line.heading, "difference"] = number(line.difference, sign=True)
         if id(line) in best:
-            bold.setdefault(key, set()).add((line.dataset, "ours"))
+            bold.setdefault(key, set()).add((line.heading, "ours"))
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
     index = pd.MultiIndex.from_tuples(columns)
     frame = pd.DataFrame([[row.get(c, "—") for c in columns] for row in table.values()], columns=index)
@@ -97,19 +97,30 @@ def _setting(line: Line) -> tuple[str, ...]:
         cell.model.name,
         "float" if cell.is_float else method_name(cell.quantizer),
         cell.model.dtype if cell.is_float else cell.bits.label,
-        bc_label(cell.bc),
+        bc_name(cell) + (f" ({chosen})" if (chosen := _chosen(line)) else ""),
         "—" if bits is None else f"{bits:.2f}",
         "—" if biases is None else f"{biases:,.0f}",
     )
 
 
+def _chosen(line: Line) -> str:
+    """The scopes that a search chose, over all seeds."""
+    return ", ".join(sorted({row["scope"] for row in line.rows})) if line.cell.bc.searched else ""
+
+
 def _best(lines: Sequence[Line]) -> list[Line]:
-    """The lowest value of every model, bits and data set, where there are several to compare."""
+    """The best value of every model, bits and data set, where there are several to compare."""
     groups: dict[tuple[str, str, str], list[Line]] = {}
     for line in lines:
         if line.mean is not None and not line.cell.is_float:
             groups.setdefault((line.cell.model.name, line.cell.bits.label, line.dataset), []).append(line)
-    return [min(g, key=lambda line: line.mean or math.inf) for g in groups.values() if len(g) > 1]
+    return [min(g, key=_rank) for g in groups.values() if len(g) > 1]
+
+
+def _rank(line: Line) -> float:
+    """Lower is better."""
+    value = math.inf if line.mean is None else line.mean
+    return value if line.cell.metric == "perplexity" else -value
 
 
 def ours(line: Line) -> str:
@@ -152,7 +163,7 @@ def markdown(name: str, title: str, frame: pd.DataFrame, bold: pd.DataFrame, not
     table = "\n".join("| " + " | ".join(v.replace("|", "\\|") for v in row) + " |" for row in body)
     lines = "".join(f"- {note}\n" for note in notes)
     text = f"# {title}\n\n{MADE_BY.format(name=name)} Bits per weight count scales, zero points and biases. "
-    text += "Bold: the lowest of a model, bit width and data set.\n\n"
+    text += "Bold: the best of a model, bit width and data set.\n\n"
     return text + table + "\n" + (f"\nNotes on the published values:\n\n{lines}" if lines else "")
 
 
@@ -194,7 +205,14 @@ def long_csv(lines: Sequence[Line]) -> str:
         cell, published = line.cell, line.published.value if line.published else None
         numbers = (published, line.mean, line.deviation, len(line.values), line.difference)
         storage = (line.fact("bits_per_weight"), line.fact("bias_parameters"))
-        names = (cell.model.name, cell.quantizer, cell.bits.label, bc_label(cell.bc), line.dataset, "perplexity")
+        names = (
+            cell.model.name,
+            cell.quantizer,
+            cell.bits.label,
+            bc_name(cell),
+            line.dataset,
+            cell.metric,
+        )
         writer.writerow(
             [*names, *("" if n is None else repr(n) for n in (*numbers, *storage)), line.missing, _note(line)]
         )

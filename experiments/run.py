@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -9,13 +10,15 @@ from collections.abc import Sequence
 from types import FrameType
 
 import hydra
-from hydra.errors import HydraException
+from hydra.core.plugins import Plugins
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from bc.errors import UserError
-from experiments.compose import CONFIG_MODULE, CONFIG_NAME, one_line
-from experiments.sweep import CellFailedError, State, exit_code, job
+from experiments.compose import CONFIG_MODULE, CONFIG_NAME, from_hydra, one_line
+from experiments.disk import one_line_disk_errors
+from experiments.secrets import redact, refuse_secrets
+from experiments.sweep import State, exit_code, job
+from hydra_plugins.bias_compensation import launchers
 
 INTERRUPTED, TERMINATED = 130, 143  # what shells expect after SIGINT and SIGTERM
 
@@ -39,21 +42,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.argv[1:] = arguments
     sys.argv[1:] = tidy(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes exceptions on instead of printing tracebacks
+    logging.raiseExceptions = False  # a log file on a full disk is no reason for tracebacks
     signal.signal(signal.SIGTERM, _terminated)
     State.reset()
+    register_launchers()
     try:
-        hydra_main()
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        refuse_secrets(sys.argv[1:])
+        with one_line_disk_errors():
+            hydra_main()
+    except Exception as error:
+        if not isinstance(error, UserError) and not from_hydra(error):
+            raise
+        print(f"error: {redact(str(one_line(error)))}", file=sys.stderr)
         return 2
-    except CellFailedError:
-        return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
         return INTERRUPTED
     if State.outcomes is None and not State.ran:  # --help, --cfg and the like
         return 0
     return exit_code(State.outcomes, print)
+
+
+def register_launchers() -> None:
+    """Make our launchers known to Hydra, which by itself looks in the current folder and among installed packages."""
+    for name in ("LocalLauncher", "SlurmLauncher"):
+        if found := getattr(launchers, name, None):  # absent without the extra "cluster"
+            Plugins.instance().register(found)
 
 
 def tidy(arguments: Sequence[str]) -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
 import os
+import shutil
 import socket
 import traceback
 from collections.abc import Iterator
@@ -16,7 +18,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from experiments.disk import one_line_disk_errors
 from experiments.identity import SCHEMA, digest
+from experiments.secrets import redact
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +29,8 @@ RUNNING, FAILED, COMPLETE, INTERRUPTED = "running", "failed", "complete", "inter
 LOCK_PATIENCE = 1.0  # seconds: longer than the moment in which a status display probes a lock
 FIELDS = {"cell", "config", "label", "metrics", "provenance", "error_before", "error_after", "bits_per_weight"}
 FIELDS |= {"bias_parameters", "seconds_quantize", "seconds_bc", "seconds_evaluate", "peak_memory_mb"}
+CHECKSUM = "sha256"
+BEFORE_CHECKSUMS = FIELDS | {"schema", "slug", "damping_retries"}  # what a result without a checksum may hold
 
 
 class InvalidResultError(ValueError):
@@ -58,6 +64,12 @@ def read_json(path: Path) -> Any:
         raise InvalidResultError(f"{path}: not JSON ({error})") from error
 
 
+def checksum(result: dict[str, Any]) -> str:
+    """SHA-256 of all of a result but its checksum."""
+    rest = json.loads(json.dumps({key: value for key, value in result.items() if key != CHECKSUM}))
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def check_result(result: Any, where: str) -> dict[str, Any]:
     """Refuse a result that is incomplete, of another schema, or not of the cell that it names.
 
@@ -69,6 +81,10 @@ def check_result(result: Any, where: str) -> dict[str, Any]:
     missing = FIELDS - set(result)
     if missing:
         raise InvalidResultError(f"{where}: lacks {', '.join(sorted(missing))}")
+    if CHECKSUM not in result and not set(result) <= BEFORE_CHECKSUMS:
+        raise InvalidResultError(f"{where}: lacks its checksum")
+    if CHECKSUM in result and checksum(result) != result[CHECKSUM]:
+        raise InvalidResultError(f"{where}: was changed after it was written (its checksum is another)")
     if digest(result["config"]) != result["cell"]:
         raise InvalidResultError(f"{where}: the configuration's hash is not the cell's")
     rows = result["metrics"]
@@ -119,14 +135,19 @@ class CellStore:
         return result
 
     def commit(self, result: dict[str, Any], sites: list[dict[str, Any]]) -> None:
-        """Write the per-site table, then the result file: its presence is what makes the cell complete."""
+        """Write the per-site table, then the result file: its presence is what makes the cell complete.
+
+        The result gets its checksum.
+        """
+        result[CHECKSUM] = checksum(result)
         check_result(result, self.slug)
-        write_json(self.folder / SITES, sites)
-        write_json(self.folder / RESULT, result)
+        with one_line_disk_errors():
+            write_json(self.folder / SITES, sites)
+            write_json(self.folder / RESULT, result)
         self.mark(COMPLETE)
 
     def mark(self, state: str, error: BaseException | None = None) -> None:
-        """Write the status file."""
+        """Write the status file; where it cannot be written at a cell's end, that is said, for it is only a hint."""
         old = self.status() or {}
         now = datetime.now(UTC).isoformat(timespec="seconds")
         status = {
@@ -138,10 +159,15 @@ class CellStore:
             "updated": now,
         }
         if error is not None:
-            status["error"] = " ".join(str(error).split()) or type(error).__name__
+            status["error"] = redact(" ".join(str(error).split())) or type(error).__name__
             status["kind"] = type(error).__name__
-            status["traceback"] = "".join(traceback.format_exception(error))
-        write_json(self.folder / STATUS, status)
+            status["traceback"] = redact("".join(traceback.format_exception(error)))
+        try:
+            write_json(self.folder / STATUS, status)
+        except OSError as failure:
+            if state == RUNNING:
+                raise
+            log.warning("warning: %s: its status, %s, cannot be written (%s)", self.slug, state, failure)
 
     def status(self) -> dict[str, Any] | None:
         """The status file's content; None where there is none or it cannot be read."""
@@ -159,14 +185,29 @@ class CellStore:
         The operating system drops the lock of a process that dies.
         """
         with try_lock(self.folder / LOCK) as free:
+            if free:
+                remove_leftovers(self.folder, RESULT, SITES, STATUS)
             yield free
 
     def is_locked(self) -> bool:
         """Whether a live process holds the cell."""
         if not (self.folder / LOCK).exists():
             return False
-        with try_lock(self.folder / LOCK, 0) as free:
-            return not free
+        try:
+            with try_lock(self.folder / LOCK, 0) as free:
+                return not free
+        except OSError:  # a results directory that may only be read: who writes to it cannot be told from here
+            return True
+
+
+def remove_leftovers(folder: Path, *names: str) -> None:
+    """Remove what a killed process left under the temporary names of files; for who holds their lock."""
+    for name in names:
+        for path in folder.glob(f".{name}-*"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,17 +14,17 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from bc import device as devices
 from bc.errors import UserError
 from experiments.cell import Outcome, run_cell
 from experiments.compose import job_config
-from experiments.store import read_json, write_json
+from experiments.disk import disk_error, one_line_disk_errors
+from experiments.secrets import redact
+from experiments.store import InvalidResultError, read_json, write_json
 
 log = logging.getLogger(__name__)
 OUTCOME = "outcome.json"
-
-
-class CellFailedError(RuntimeError):
-    """A cell failed and ``on_error=raise``."""
+DEVICE = "BC_DEVICE"  # environment variable: the GPU that a process of the local launcher is to use
 
 
 class State:
@@ -34,37 +34,44 @@ class State:
     stopped: ClassVar[bool] = False  # a cell failed and on_error=raise: the remaining jobs do nothing
     said: ClassVar[set[str]] = set()  # errors that have been told
     ran: ClassVar[bool] = False  # a job was run in this process
+    unwritten: ClassVar[list[Outcome]] = []  # outcomes of this process for which the disk had no room
 
     @classmethod
     def reset(cls) -> None:
         """Forget an earlier sweep of this process."""
-        cls.outcomes, cls.stopped, cls.said, cls.ran = None, False, set(), False
+        cls.outcomes, cls.stopped, cls.said, cls.ran, cls.unwritten = None, False, set(), False, []
 
 
 def job(config: DictConfig) -> None:
     """Run the cell of one Hydra job and leave its outcome in the job's folder."""
     State.ran = True
+    take_device()
     hydra = HydraConfig.get()
     outcome = Outcome("not run") if State.stopped else _run(config, list(hydra.overrides.task))
-    write_json(Path(hydra.runtime.output_dir) / OUTCOME, asdict(outcome))
+    try:
+        write_json(Path(hydra.runtime.output_dir) / OUTCOME, asdict(outcome))
+    except OSError as error:
+        if disk_error(error) is None:
+            raise
+        State.unwritten.append(outcome)  # the sweep goes on: what it has to say of the disk has been said
     if outcome.state == "failed" and config.on_error == "raise":
         State.stopped = True
-        if "SUBMITIT_EXECUTOR" in os.environ:  # a process of its own: only an exception reaches the sweep
-            raise CellFailedError(outcome.line)
 
 
 def _run(config: DictConfig, overrides: list[str]) -> Outcome:
     try:
         run = job_config(config, overrides)
+        with one_line_disk_errors():  # before the cell could say "running"
+            outcome = run_cell(run)
     except UserError as error:
         outcome = Outcome("failed", "", str(error), mistake=True)
-    else:
-        outcome = run_cell(run)
-    _say(outcome)
+    outcome = replace(outcome, line=redact(outcome.line))
+    say(outcome)
     return outcome
 
 
-def _say(outcome: Outcome) -> None:
+def say(outcome: Outcome) -> None:
+    """Tell what came of a cell."""
     if outcome.state != "failed":
         log.info("%s", outcome.line)
         return
@@ -88,8 +95,23 @@ class Collect(Callback):
 
 
 def collect(folder: Path) -> list[Outcome]:
-    """Outcomes below a run's or sweep's folder."""
-    return [Outcome(**read_json(path)) for path in sorted(folder.rglob(OUTCOME))]
+    """Outcomes below a run's or sweep's folder, and those that could not be written."""
+    return State.unwritten + [outcome for path in sorted(folder.rglob(OUTCOME)) if (outcome := read_outcome(path))]
+
+
+def read_outcome(path: Path) -> Outcome | None:
+    """The outcome that a job left; None where there is none, or none that can be read."""
+    try:
+        return Outcome(**read_json(path)) if path.exists() else None
+    except (InvalidResultError, TypeError) as error:
+        log.warning("warning: %s: no outcome of a cell (%s)", path, error)
+        return None
+
+
+def take_device() -> None:
+    """Let a process of the local launcher see only the GPU that it was given; before any device is used."""
+    if "SUBMITIT_EXECUTOR" in os.environ and (name := os.environ.get(DEVICE)):
+        devices.restrict(name)
 
 
 def exit_code(outcomes: list[Outcome] | None, say: Callable[[str], None]) -> int:

@@ -18,6 +18,8 @@ from typing import Any
 from bc.errors import UserError
 from experiments.compose import load_experiment
 from experiments.config import CellConfig, RunConfig
+from experiments.data import ImageEvaluation
+from experiments.disk import one_line_disk_errors
 from experiments.identity import cell_hash, slug, with_seed
 from experiments.published import Published, PublishedTable
 from experiments.records import FILE, Row, merge, read_rows, rows_of, write_rows
@@ -25,7 +27,6 @@ from experiments.render import write_table
 from experiments.status import state_of
 from experiments.store import CellStore, all_results
 
-METRIC = "perplexity"
 REASON_LENGTH = 60
 PUBLISHED = Path(__file__).parent.parent / "results" / "published"
 
@@ -36,7 +37,7 @@ class Line:
 
     Attributes:
         cell: The cell, at the seed that the experiment lists.
-        dataset: Test text.
+        dataset: Test text or images.
         values: Ours, a value a seed.
         rows: The rows of cells.csv that they come from.
         published: What the paper prints, if anything.
@@ -49,6 +50,14 @@ class Line:
     rows: list[Row] = field(default_factory=list)
     published: Published | None = None
     missing: str = ""
+
+    @property
+    def heading(self) -> str:
+        """The data set, and how many images where only a part of them is scored."""
+        evaluation = self.cell.data.evaluation
+        if isinstance(evaluation, ImageEvaluation) and (evaluation.limit is not None or evaluation.offset):
+            return f"{self.dataset} (part: {evaluation.limit or 'rest'} images from {evaluation.offset or 0})"
+        return self.dataset
 
     @property
     def mean(self) -> float | None:
@@ -93,14 +102,15 @@ def table_lines(
     cells: Iterable[CellConfig], rows: Iterable[Row], experiment: str, published: PublishedTable, results: Path
 ) -> list[Line]:
     """Every cell and data set of an experiment with what is known of it."""
-    mine = [row for row in rows if row["experiment"] == experiment and row["metric"] == METRIC]
-    found = {(row["cell"], row["dataset"]): row for row in mine}
+    mine = [row for row in rows if row["experiment"] == experiment]
+    found = {(row["cell"], row["dataset"], row["metric"]): row for row in mine}
     seeds = {int(row["seed"]) for row in mine}
     lines = []
     for cell in cells:
         for dataset in cell.data.evaluation.datasets:
-            line = Line(cell, dataset, published=published.find(cell, dataset, METRIC))
-            line.rows = [found[h, dataset] for h in hashes(cell, seeds | {cell.seed}) if (h, dataset) in found]
+            line = Line(cell, dataset, published=published.find(cell, dataset, cell.metric))
+            keys = [(h, dataset, cell.metric) for h in hashes(cell, seeds | {cell.seed})]
+            line.rows = [found[key] for key in keys if key in found]
             line.values = [float(row["value"]) for row in line.rows]
             if not line.values:
                 line.missing = reason(CellStore(results, slug(cell), cell_hash(cell)))
@@ -162,8 +172,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        for path in rebuild(options.experiment, options.overrides, options.results, options.source):
-            print(path)
+        with one_line_disk_errors("--results"):
+            for path in rebuild(options.experiment, options.overrides, options.results, options.source):
+                print(path)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,8 +9,10 @@ from typing import Any
 
 from bc.errors import UserError
 from experiments.config import LoggerConfig, RunConfig
-from experiments.identity import bc_label, cell_hash, scientific
+from experiments.identity import bc_name, cell_hash, scientific
+from experiments.secrets import redact
 from experiments.store import check_result
+from experiments.wandb_sync import remove_superseded, upload_in_background
 
 log = logging.getLogger(__name__)
 TAG_LENGTH = 64  # W&B's limit
@@ -31,9 +33,9 @@ class Mirror:
         self._exit_code = 0
 
     def start(self) -> None:
-        """Open the run: id = cell hash, group = experiment."""
+        """Open the run, unless it is open: id = cell hash, group = experiment."""
         settings = self.config.logger
-        if settings.name != "none" and settings.mode != "disabled":
+        if self._run is None and settings.name != "none" and settings.mode != "disabled":
             self._guard(self._open)
 
     def log(self, values: dict[str, Any]) -> None:
@@ -50,13 +52,15 @@ class Mirror:
         """Mark the run as failed."""
         self._exit_code = 1
         if self._run is not None:
-            self._guard(lambda: self._run.summary.update({"error": str(error)}))
+            self._guard(lambda: self._run.summary.update({"error": redact(str(error))}))
 
     def finish(self) -> None:
         """Close the run."""
         if self._run is not None:
             self._guard(lambda: self._run.finish(exit_code=self._exit_code))
             self._run = None
+            if self.config.logger.mode == "online":
+                self._guard(lambda: upload_in_background(self.config.results))
 
     def _open(self) -> None:
         import wandb
@@ -64,23 +68,29 @@ class Mirror:
         run, settings = self.config, self.config.logger
         folder = run.results.absolute()
         folder.mkdir(parents=True, exist_ok=True)  # W&B makes its own folder "wandb" in it
+        remove_superseded(folder, cell_hash(run.cell))
         self._run = wandb.init(
             project=settings.project,
             entity=settings.entity,
-            mode=settings.mode,
+            mode="offline",  # also with mode=online: what is on the disk is uploaded beside the cells
             dir=str(folder),
             id=cell_hash(run.cell),
             name=self.name,
             group=run.experiment,
             tags=self._tags(),
             config=scientific(run.cell),
-            resume="allow" if settings.mode == "online" else None,
             settings=wandb.Settings(silent=True, console="off"),
         )
 
     def _tags(self) -> list[str]:
         cell = self.config.cell
-        own = [cell.model.name, cell.quantizer, cell.bits.label, f"bc-{bc_label(cell.bc)}", f"seed-{cell.seed}"]
+        own = [
+            cell.model.name,
+            cell.quantizer,
+            cell.bits.label,
+            f"bc-{bc_name(cell)}",
+            f"seed-{cell.seed}",
+        ]
         return [tag[:TAG_LENGTH] for tag in dict.fromkeys([*own, *self.config.logger.tags])]
 
     def _send(self, result: dict[str, Any], sites: list[dict[str, Any]]) -> None:
@@ -97,7 +107,8 @@ class Mirror:
         try:
             action()
         except Exception as error:  # rule: the mirror never fails a cell
-            log.warning("warning: W&B: %s; the result files are not affected", " ".join(str(error).split()))
+            reason = redact(" ".join(str(error).split())) or type(error).__name__
+            log.warning("warning: W&B: %s; the result files are not affected", reason)
 
 
 def read_results(settings: LoggerConfig) -> Iterator[dict[str, Any]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 
 
 def table_lines(text: str) -> list[str]:
@@ -22,7 +23,7 @@ def test_the_results_tables_are_the_committed_ones(name: str) -> None:
     assert table_lines(shown[1]) == table_lines(made)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/data.md", "docs/method.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     source = ROOT / page
     targets = re.findall(r"\]\(([^)#]+)\)", source.read_text("utf8"))
@@ -34,5 +35,13 @@ def test_links_lead_somewhere(page: str) -> None:
 
 def test_make_targets_that_are_named_exist() -> None:
     verbs = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text("utf8"), re.MULTILINE))
-    named = set(re.findall(r"\bmake ([a-z0-9-]+)", (ROOT / "README.md").read_text("utf8")))
-    assert named <= verbs
+    text = "\n".join((ROOT / page).read_text("utf8") for page in PAGES)
+    assert set(re.findall(r"(?:`|^)make ([a-z0-9-]+)", text, re.MULTILINE)) <= verbs
+
+
+def test_tests_that_are_named_exist() -> None:
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / "faults.md").read_text("utf8"))
+    assert len(named) > 20
+    for file, test in named:
+        (path,) = (ROOT / "tests").rglob(file)
+        assert f"def {test}(" in path.read_text("utf8"), f"{file}::{test}"

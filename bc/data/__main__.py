@@ -1,4 +1,4 @@
-"""``python -m bc.data``: fetch the embedded suite, or with ``--offline`` say what is missing of it."""
+"""``python -m bc.data``: fetch the embedded suite, or say what is missing of it or of ImageNet."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from bc.data import images
 from bc.data.embedded import DEFAULT_GROUPS, GROUPS, fetch_all
 from bc.errors import UserError
 
@@ -19,11 +20,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0, or 2 after a message on standard error.
     """
-    parser = argparse.ArgumentParser(prog="python -m bc.data", description="Fetch the embedded models and texts.")
-    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"any of {', '.join(GROUPS)} (default: language)")
+    parser = argparse.ArgumentParser(
+        prog="python -m bc.data", description="Fetch the embedded models, texts and images."
+    )
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"any of {', '.join(GROUPS)} (default: all)")
     parser.add_argument("--offline", action="store_true", help="download nothing; say what is missing")
+    parser.add_argument("--imagenet", metavar="FOLDER", help="only say whether ImageNet is there; '' asks BC_IMAGENET")
     options = parser.parse_args(arguments)
     try:
+        if options.imagenet is not None:
+            for role in ("calibration", "test"):
+                images.check("imagenet", role, {"imagenet": options.imagenet or None})
+            return 0
         for path in fetch_all(options.offline, options.groups or DEFAULT_GROUPS):
             print(path)
     except UserError as error:

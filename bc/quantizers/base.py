@@ -30,15 +30,20 @@ class Quantized(Protocol):
 
 
 @dataclass
-class WeightResult:
-    """What a quantizer returns for one matrix.
+class SiteResult:
+    """How a site is quantized.
 
     Attributes:
-        weight: The quantized matrix.
-        notes: Facts worth recording beside the result (for example ``damping_retries``).
+        weight: The quantized weight in the float model's coordinates, as (out, in) or (out, in · kh · kw); None for a
+            matmul and where the weight stays float.
+        inputs: One activation quantizer for each input (the identity where an input stays float); empty where only
+            weights are quantized.
+        notes: Facts worth recording beside the result (``damping_retries``; metric of a search, its score at min-max
+            and at the choice).
     """
 
-    weight: Quantized
+    weight: Quantized | None
+    inputs: list[ActivationQuantizer] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -98,7 +103,7 @@ class Quantizer(ABC):
         """Calibration tokens that are enough, in whole samples from the first; 0 asks for all."""
         return 0
 
-    def quantize_group(self, group: Group) -> dict[str, WeightResult]:
+    def quantize_group(self, group: Group) -> dict[str, SiteResult]:
         """Quantize the Linears of a group; by default each by itself.
 
         Returns:
@@ -107,7 +112,7 @@ class Quantizer(ABC):
         return {path: self.quantize_weight(weight, group.hessian) for path, weight in group.weights.items()}
 
     @abstractmethod
-    def quantize_weight(self, weight: Tensor, hessian: Tensor | None) -> WeightResult:
+    def quantize_weight(self, weight: Tensor, hessian: Tensor | None) -> SiteResult:
         """Quantize one matrix.
 
         Args:
@@ -154,21 +159,6 @@ class SiteSamples:
     norm: nn.LayerNorm | None = None
 
 
-@dataclass
-class SiteResult:
-    """How a site is quantized.
-
-    Attributes:
-        weight: The quantized weight in the float model's coordinates, as (out, in · kh · kw); None for a matmul.
-        inputs: One activation quantizer for each input (the identity where an input stays float).
-        notes: Facts worth recording (metric of the search, its score at min-max and at the choice).
-    """
-
-    weight: Quantized | None
-    inputs: list[ActivationQuantizer]
-    notes: dict[str, Any] = field(default_factory=dict)
-
-
 class SiteQuantizer(Quantizer):
     """Base of the quantizers of weights and activations.
 
@@ -179,6 +169,11 @@ class SiteQuantizer(Quantizer):
     """
 
     kind = "weight_activation"
+
+    @property
+    def metric(self) -> str:
+        """Metric of the search; ``none`` where nothing is searched."""
+        return "none"
 
     @property
     def needs_gradient(self) -> bool:
@@ -205,6 +200,6 @@ class SiteQuantizer(Quantizer):
         """
         return {site.name: self.quantize_site(site) for site in sites}
 
-    def quantize_weight(self, weight: Tensor, hessian: Tensor | None) -> WeightResult:
+    def quantize_weight(self, weight: Tensor, hessian: Tensor | None) -> SiteResult:
         """Not used: these quantizers work on sites."""
         raise NotImplementedError(f"{self.name} quantizes sites, not single matrices")

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from bc.errors import QuantizationError, UserError
-from bc.quantizers.base import Quantizer, WeightResult
+from bc.quantizers.base import Quantizer, SiteResult
 from bc.quantizers.gptq import MAX_DAMPING, inverse_factor
 from bc.settings import Bits
 
@@ -124,7 +124,7 @@ class BiLLM(Quantizer):
                 "its own blocks; set bits.group_size=-1 and quantizer.block_size"
             )
 
-    def quantize_weight(self, weight: Tensor, hessian: Tensor | None) -> WeightResult:
+    def quantize_weight(self, weight: Tensor, hessian: Tensor | None) -> SiteResult:
         """See :meth:`bc.quantizers.base.Quantizer.quantize_weight`.
 
         The note ``bits_per_weight_signs`` is the paper's count, first and second signs alone.
@@ -139,7 +139,7 @@ class BiLLM(Quantizer):
             "salient_columns": int(binary.salient.sum()),
             "bits_per_weight_signs": signs,
         }
-        return WeightResult(binary, notes)
+        return SiteResult(binary, notes=notes)
 
 
 def billm(weight: Tensor, hessian: Tensor, options: BiLLM.Options) -> tuple[BinaryWeight, list[float]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from bc.device import cpu_threads
 from bc.errors import QuantizationError, UserError
 from bc.grid import Grid, QuantizedWeight, decode, encode, fit_range, group_index, weight_parameters
-from bc.quantizers.base import Quantizer, WeightResult
+from bc.quantizers.base import Quantizer, SiteResult
 from bc.settings import Bits
 
 MAX_DAMPING = 1.0
@@ -95,7 +95,7 @@ class GPTQ(Quantizer):
         super().__init__(bits, options)
         self.grid = Grid(bits.weight, options.symmetric, bits.group_size, "row", options.clip)
 
-    def quantize_weight(self, weight: Tensor, hessian: Tensor | None) -> WeightResult:
+    def quantize_weight(self, weight: Tensor, hessian: Tensor | None) -> SiteResult:
         """See :meth:`bc.quantizers.base.Quantizer.quantize_weight`."""
         if hessian is None:
             raise QuantizationError("GPTQ needs the second moment of the inputs")
@@ -103,7 +103,7 @@ class GPTQ(Quantizer):
         quantized, tried = gptq(
             weight, hessian, self.grid, o.damping, o.block_size, act_order=o.act_order, static_groups=o.static_groups
         )
-        return WeightResult(quantized, {"damping": tried[-1], "damping_retries": len(tried) - 1})
+        return SiteResult(quantized, notes={"damping": tried[-1], "damping_retries": len(tried) - 1})
 
 
 def gptq(

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from bc.grid import Grid, quantize_weight
-from bc.quantizers.base import Quantizer, WeightResult
+from bc.quantizers.base import Quantizer, SiteResult
 from bc.settings import Bits
 
 
@@ -35,6 +35,6 @@ class RTN(Quantizer):
         super().__init__(bits, options)
         self.grid = Grid(bits.weight, options.symmetric, bits.group_size, options.granularity, options.clip)
 
-    def quantize_weight(self, weight: Tensor, hessian: Tensor | None = None) -> WeightResult:
+    def quantize_weight(self, weight: Tensor, hessian: Tensor | None = None) -> SiteResult:
         """See :meth:`bc.quantizers.base.Quantizer.quantize_weight`; ``hessian`` is not used."""
-        return WeightResult(quantize_weight(weight, self.grid))
+        return SiteResult(quantize_weight(weight, self.grid))

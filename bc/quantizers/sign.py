@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bc.errors import QuantizationError, UserError
 from bc.grid import group_index
-from bc.quantizers.base import Quantizer, WeightResult
+from bc.quantizers.base import Quantizer, SiteResult
 from bc.settings import Bits
 
 
@@ -51,11 +51,11 @@ class Sign(Quantizer):
         if bits.weight != 1:
             raise UserError(f"bits.weight: {bits.weight} does not go with quantizer 'sign'; set bits=w1")
 
-    def quantize_weight(self, weight: Tensor, hessian: Tensor | None = None) -> WeightResult:
+    def quantize_weight(self, weight: Tensor, hessian: Tensor | None = None) -> SiteResult:
         """See :meth:`bc.quantizers.base.Quantizer.quantize_weight`; ``hessian`` is not used."""
         w, size = weight.float(), self.bits.group_size
         parts = w.split(w.shape[1] if size == -1 else size, dim=1)
         scale = torch.cat([part.abs().mean(1, keepdim=True) for part in parts], 1).half()
         if not bool(torch.isfinite(scale).all()):
             raise QuantizationError("a scale is too large for half precision; check the weight")
-        return WeightResult(SignWeight(w >= 0, scale, group_index(w.shape[1], size, w.device)))
+        return SiteResult(SignWeight(w >= 0, scale, group_index(w.shape[1], size, w.device)))

@@ -26,9 +26,11 @@ __all__ = [
     "Unit",
     "VisionFamily",
     "catalogue",
+    "check",
     "create",
     "families",
     "family_of",
+    "knows",
     "load",
     "preprocessing",
     "sites",
@@ -78,6 +80,25 @@ def create(name: str) -> nn.Module:
     return _create(_source(name))
 
 
+def check(name: str, path: str | None = None) -> None:
+    """Find out cheaply whether a model can be had; arguments and errors as :func:`load`, but for the hub's."""
+    from bc.vision import checkpoints
+
+    source = _source(name)
+    if path is not None:
+        checkpoints.locate(path)
+    elif source.embedded:
+        checkpoints.check_embedded(source.embedded)
+    elif "." not in source.timm:
+        raise _untagged(name, source)
+
+
+def _untagged(name: str, source: Source) -> UserError:
+    return UserError(
+        f"model: {name!r} names no weights; add timm's tag ({_tags(source.timm)}), or set model.path to a checkpoint"
+    )
+
+
 def load(name: str, path: str | None = None, *, dtype: str = "float32") -> nn.Module:
     """Load a model onto the CPU, in evaluation mode, without gradients, with named matmuls.
 
@@ -103,10 +124,7 @@ def load(name: str, path: str | None = None, *, dtype: str = "float32") -> nn.Mo
         model = _create(source)
         checkpoints.read_embedded(model, source.embedded)
     elif "." not in source.timm:
-        raise UserError(
-            f"model: {name!r} names no weights; add timm's tag ({_tags(source.timm)}), or set model.path "
-            "to a checkpoint"
-        )
+        raise _untagged(name, source)
     else:
         model = _create(source, pretrained=True)
     return wrap(model).to(DTYPES[dtype]).eval().requires_grad_(False)
@@ -132,6 +150,13 @@ def preprocessing(model: nn.Module) -> Preprocessing:
     from bc.vision.transforms import Preprocessing
 
     return Preprocessing.of(model)
+
+
+def knows(name: str) -> bool:
+    """Whether a name is timm's, with or without a tag."""
+    import timm
+
+    return "/" not in name and bool(timm.is_model(name.partition(".")[0]))
 
 
 def _source(name: str) -> Source:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
-Kind = Literal["linear", "conv", "matmul"]
-UnitKind = Literal["stem", "block", "downsample", "tail"]
+from bc.sites import Site, Unit
+
+__all__ = ["ROLES", "Site", "Source", "Unit", "VisionFamily"]
+
 #: What a site does in the model.
 ROLES = ("patch_embed", "qkv", "matmul_qk", "matmul_av", "proj", "fc1", "fc2", "reduction", "head")
 
@@ -33,50 +35,6 @@ class Source:
     embedded: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     preprocessing: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Site:
-    """A module whose inputs and weight are quantized and whose output may be compensated.
-
-    Attributes:
-        name: Dotted name in the model.
-        module: A Linear, a Conv2d or a :class:`~bc.vision.attention.MatMul`.
-        kind: ``linear``, ``conv`` or ``matmul``.
-        role: One of :data:`ROLES`.
-        heads: Attention heads, for ``qkv`` and the matmuls; 0 elsewhere.
-        norm: The LayerNorm whose output is the site's only input and goes nowhere else; else None.
-    """
-
-    name: str
-    module: nn.Module
-    kind: Kind
-    role: str
-    heads: int = 0
-    norm: nn.LayerNorm | None = None
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A link of the chain that a model is: ``model(x) == last(… (first(x)))``, bit for bit.
-
-    Attributes:
-        name: ``stem``, ``tail``, or the dotted name of the block or downsample in the model.
-        module: Maps the hidden state to the next: a module of the model itself, or a view that shares its modules.
-        kind: ``stem``, ``block``, ``downsample`` or ``tail``.
-        sites: In forward order.
-        attention: Dotted name of a block's attention, or empty; its output is the scope ``attention``.
-        mlp: Dotted name of a block's MLP, or empty; its output is the scope ``mlp``.
-        stage: Number of the Swin stage that a block or downsample belongs to, else None.
-    """
-
-    name: str
-    module: nn.Module
-    kind: UnitKind
-    sites: tuple[Site, ...]
-    attention: str = ""
-    mlp: str = ""
-    stage: int | None = None
 
 
 @dataclass(frozen=True)

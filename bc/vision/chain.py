@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor, nn
 
 from bc.errors import UserError
+from bc.sites import WHOLE, Region, alone
 from bc.vision.base import Site, Unit
 
 
@@ -19,7 +21,7 @@ class View(nn.Module):
 
     def __init__(self, model: nn.Module, parts: tuple[str, ...]) -> None:
         super().__init__()
-        self.__dict__["model"] = model
+        self.__dict__["model"], self.__dict__["parts"] = model, parts
         for name in parts:
             value = getattr(model, name, None)
             if isinstance(value, nn.Parameter):
@@ -27,6 +29,18 @@ class View(nn.Module):
             elif isinstance(value, nn.Module):
                 self.add_module(name, value)
         self.training = model.training
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> View:
+        """A view with modules of its own, of a shallow copy of the model that holds them."""
+        own: Any = self.model
+        model = copy.copy(own)
+        for table in ("_modules", "_parameters"):
+            model.__dict__[table] = dict(own.__dict__[table])
+            for name in set(self.__dict__["parts"]) & set(model.__dict__[table]):
+                model.__dict__[table][name] = copy.deepcopy(model.__dict__[table][name], memo)
+        kind: Any = type(self)  # every subclass knows its parts
+        made: View = kind(model)
+        return made
 
 
 class VitStem(View):
@@ -78,7 +92,8 @@ def block_unit(name: str, block: Any, stage: int | None = None) -> Unit:
         Site(f"{name}.mlp.fc1", mlp.fc1, "linear", "fc1", norm=layer_norm(block.norm2)),
         Site(f"{name}.mlp.fc2", mlp.fc2, "linear", "fc2"),
     )
-    return Unit(name, block, "block", sites, f"{name}.attn", f"{name}.mlp", stage)
+    regions = {"attention": Region("attn", "attn"), "mlp": Region("mlp", "mlp"), "block": WHOLE}
+    return Unit(name, block, "block", alone(sites), regions=regions, stage=stage)
 
 
 def layer_norm(module: nn.Module) -> nn.LayerNorm | None:

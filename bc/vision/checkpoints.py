@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import pickle
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from bc.errors import UserError
+from bc.errors import UserError, pickled
 
 ASSETS = Path(__file__).parents[1] / "data" / "assets"
 ENDINGS = (".safetensors", ".bin", ".pt", ".pth")
@@ -44,6 +47,8 @@ def read_into(model: nn.Module, path: Path) -> None:
 
     try:
         state = load_state_dict(str(path), use_ema=False, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise pickled("model.path", path) from error
     except Exception as error:  # torch's, pickle's and safetensors' errors share no other base
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model.path: {str(path)!r} cannot be read ({reason}); give the model's checkpoint") from error
@@ -83,6 +88,31 @@ def _strangers(model: nn.Module, state: dict[str, Any]) -> list[str]:
 def embedded_file(name: str) -> Path:
     """The committed checkpoint of an embedded model: ``tiny_vit``, ``tiny_deit``, ``tiny_swin``, ``vit_s14_probe``."""
     return ASSETS / f"{name}.safetensors"
+
+
+def _committed(name: str) -> Path:
+    return embedded_file("vit_s14_probe" if name == "vit_s14" else name)
+
+
+def check_embedded(name: str) -> None:
+    """Refuse an embedded model whose committed weights are absent.
+
+    Raises:
+        UserError: Naming the file and the command that makes it.
+    """
+    path = _committed(name)
+    if not path.is_file():
+        raise UserError(
+            f"model: the embedded weights {str(path)!r} are absent; "
+            f"make them with `python -m experiments.training.train_tiny {path.stem}`"
+        )
+
+
+@cache
+def embedded_revision(name: str) -> str:
+    """First 12 digits of the SHA-256 of an embedded model's committed weights; empty where there are none."""
+    path = _committed(name)
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else ""
 
 
 def read_embedded(model: nn.Module, name: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bc.sites import WHOLE, alone
 from bc.vision.base import Site, Source, Unit, VisionFamily
 from bc.vision.chain import Tail, View, block_unit, head_sites, layer_norm, stem_sites
 from bc.vision.vit import GREY, TINY
@@ -22,14 +23,14 @@ class _Stem(View):
 
 def chain(model: Any) -> list[Unit]:
     """Stem, then of each stage its downsample and its blocks, tail."""
-    units = [Unit("stem", _Stem(model), "stem", stem_sites(model))]
+    units = [Unit("stem", _Stem(model), "stem", alone(stem_sites(model)))]
     for i, stage in enumerate(model.layers):
         down, name = stage.downsample, f"layers.{i}.downsample"
         if not isinstance(down, nn.Identity):
             site = Site(f"{name}.reduction", down.reduction, "linear", "reduction", norm=layer_norm(down.norm))
-            units.append(Unit(name, down, "downsample", (site,), stage=i))
+            units.append(Unit(name, down, "downsample", ((site,),), regions={"downsample": WHOLE}, stage=i))
         units += [block_unit(f"layers.{i}.blocks.{j}", block, i) for j, block in enumerate(stage.blocks)]
-    return [*units, Unit("tail", Tail(model), "tail", head_sites(model, ("head.fc",)))]
+    return [*units, Unit("tail", Tail(model), "tail", alone(head_sites(model, ("head.fc",))))]
 
 
 FAMILY = VisionFamily(

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from bc.sites import alone
 from bc.vision.base import Source, Unit, VisionFamily
 from bc.vision.chain import Tail, VitStem, block_unit, head_sites, stem_sites
 
@@ -14,9 +15,9 @@ def chain(model: Any) -> list[Unit]:
     """Stem, blocks, tail."""
     heads = ("head", "head_dist") if isinstance(getattr(model, "head_dist", None), nn.Module) else ("head",)
     return [
-        Unit("stem", VitStem(model), "stem", stem_sites(model)),
+        Unit("stem", VitStem(model), "stem", alone(stem_sites(model))),
         *(block_unit(f"blocks.{i}", block) for i, block in enumerate(model.blocks)),
-        Unit("tail", Tail(model), "tail", head_sites(model, heads)),
+        Unit("tail", Tail(model), "tail", alone(head_sites(model, heads))),
     ]
 
 

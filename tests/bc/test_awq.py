@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from bc.calibration import output_of
+from bc.chains import block_list, chain_of, sites
 from bc.errors import QuantizationError, UserError
 from bc.grid import Grid, QuantizedWeight, quantize_weight
 from bc.models import family_of
 from bc.models.base import Region
 from bc.parts import Part, leading
-from bc.pipeline import Engine, block_list, calibrate, compensate, sites
+from bc.pipeline import Engine, calibrate, compensate
 from bc.quantizers import create
 from bc.quantizers.awq import ScaledWeight, clip_ranges, column_scales, scaled_round
 from bc.quantizers.base import Group
@@ -173,10 +174,10 @@ def test_refusals():
 
 
 def part_of(model, number: int, samples: Tensor) -> tuple[Part, torch.nn.Module, tuple[str, ...]]:
-    family = family_of(model)
-    paths, block = family.linears[number], block_list(model, family)[0]
-    stream = Engine(batch_size=3).capture(model, family, samples)
-    return Part(block, family.region(family.opens[number]), stream, paths), block, paths
+    paths, chain = family_of(model).linears[number], chain_of(model)
+    stream, unit = Engine(batch_size=3).capture(chain, samples), chain.units[0]
+    opens = unit.opens[number]
+    return Part(unit.module, unit.regions[opens] if opens else None, stream, paths), unit.module, paths
 
 
 def outputs_of(part: Part, region: Region, weights: dict[str, Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from bc.checkpoint import DamagedFileError, load_means, load_weights, pack, save
 from bc.grid import Grid, quantize_weight
 from bc.pipeline import calibrate, float_means
 from bc.quantizers import create
-from bc.quantizers.base import WeightResult
+from bc.quantizers.base import SiteResult
 from bc.settings import Bits
 from tests.conftest import MAKERS, tiny_model
 
@@ -44,13 +44,13 @@ def test_packing_does_not_care_for_memory_layout():
     assert torch.equal(pack(codes.T, 3), pack(codes.T.contiguous(), 3))
 
 
-def results_of(bits: int = 3, group: int = -1, **options) -> dict[str, WeightResult]:
+def results_of(bits: int = 3, group: int = -1, **options) -> dict[str, SiteResult]:
     samples = torch.randint(4, 96, (3, 12), generator=torch.Generator().manual_seed(0))
     name = options.pop("name", "gptq")
     return calibrate(tiny_model("opt"), create(name, Bits(bits, 16, group), **options), samples)
 
 
-def grid_like(name: str) -> dict[str, WeightResult]:
+def grid_like(name: str) -> dict[str, SiteResult]:
     return {
         "rtn": lambda: results_of(4, name="rtn"),
         "symmetric": lambda: results_of(2, 7, name="rtn", symmetric=True),
@@ -117,7 +117,7 @@ def test_a_failure_while_writing_keeps_the_old_file(tmp_path, monkeypatch):
 def saved(tmp_path_factory) -> bytes:
     weight = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
     path = tmp_path_factory.mktemp("saved") / "weights.safetensors"
-    weights = {"a.b": WeightResult(quantize_weight(weight, Grid(3, group_size=3)), {"damping": 0.01})}
+    weights = {"a.b": SiteResult(quantize_weight(weight, Grid(3, group_size=3)), notes={"damping": 0.01})}
     save_weights(path, weights, {"model": "tiny"})
     return path.read_bytes()
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bc.chains import sites
 from bc.models import family_of
-from bc.pipeline import calibrate, sites
+from bc.pipeline import calibrate
 from bc.quantizers import create
 from bc.settings import Bits
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,9 @@ from torch import nn
 
 import bc
 from bc import evaluation
+from bc.diagnosis import first_not_finite
 from bc.errors import UserError
-from bc.evaluation import evaluate_perplexity
+from bc.evaluation import evaluate_accuracy, evaluate_perplexity
 from bc.pipeline import Engine
 from bc.settings import Compensation
 from tests.conftest import MAKERS, VOCABULARY, tiny_model
@@ -94,8 +97,21 @@ def test_windows_that_cannot_be_scored_are_refused(shape):
 def test_logits_that_are_not_numbers_are_an_error():
     model = tiny_model("opt")
     model.lm_head.weight.data[0] = float("nan")
-    with pytest.raises(FloatingPointError, match="NaN"):
+    with pytest.raises(FloatingPointError, match=r"^lm_head: the output holds NaN"):
         evaluate_perplexity(model, WINDOWS)
+
+
+def test_the_place_is_named_where_numbers_cease_to_be_finite():
+    model = tiny_model("llama")
+    assert first_not_finite(model, [partial(model, input_ids=WINDOWS)]) is None
+    model.model.layers[1].mlp.down_proj.weight.data[:] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"^model\.layers\.1\.mlp\.down_proj: the output"):
+        evaluate_perplexity(model, WINDOWS)
+    images = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.ReLU(), nn.Linear(4, 3))
+    images[1].weight.data[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"^1: the output"):
+        evaluate_accuracy(images, [(torch.ones(2, 3, 2, 2), torch.zeros(2, dtype=torch.long))])
+    assert not any(module._forward_hooks for module in [*model.modules(), *images.modules()])
 
 
 def test_a_hopeless_model_has_infinite_perplexity():

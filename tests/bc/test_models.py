@@ -11,9 +11,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import bc
+from bc.chains import block_list, sites
 from bc.errors import UserError
 from bc.models import Family, catalogue, families, family_of, load, load_tokenizer, locate, submodule
-from bc.pipeline import block_list, sites
 from tests.conftest import MAKERS, VOCABULARY, tiny_model
 
 IDS = torch.randint(4, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 import bc
 from bc import fitting
+from bc.chains import sites
 from bc.compensation import BiasCompensation, compensation_of
 from bc.errors import QuantizationError, UserError
 from bc.grid import Grid, quantize_weight
 from bc.models import family_of
-from bc.pipeline import Engine, calibrate, compensate, float_means, sites
+from bc.pipeline import Engine, calibrate, compensate, float_means
 from bc.quantizers import create
 from bc.settings import Bits, Compensation
 from tests.bc.test_gptq import oracle as gptq_oracle

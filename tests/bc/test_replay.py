@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bc.calibration import ActivationCache, Stream, batches, capture, logits
+from bc.chains import block_list
 from bc.models import family_of
-from bc.pipeline import block_list
 from tests.conftest import MAKERS, tiny_model
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import cell
+from experiments import language
 from experiments.compose import expand
 from experiments.run import main
 from tests.experiments.conftest import Workspace
@@ -61,7 +61,7 @@ def test_one_line(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cell.models, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(language.models, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     keys = {a.lstrip("+").partition("=")[0] for a in arguments}
     tiny = [a for a in workspace.arguments() if a.partition("=")[0] not in keys]
     if "model" in keys:

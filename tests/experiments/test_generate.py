@@ -37,6 +37,9 @@ def test_a_complete_cell_can_still_be_kept(workspace: Workspace) -> None:
     (folder,) = (workspace.results / "checkpoints").iterdir()
     assert (folder / "quantized.safetensors").is_file()
     assert next(workspace.cells()[0].glob("result.json")).read_bytes() == result
+    (folder / "quantized.safetensors").unlink()  # as a process leaves it that was killed before the weights
+    assert workspace.run(*settings, "save_model=true") == 0
+    assert (folder / "quantized.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from bc.errors import QuantizationError
-from experiments import cell
+from experiments import language
 from experiments.run import tidy
 from tests.experiments.conftest import Workspace
 
@@ -24,14 +24,14 @@ RTN = ("quantizer=rtn", "bits=w3", "bits.group_size=16", "bc='off'")
 # runs the command line in a process that dies, without warning, when it evaluates its second cell
 DYING = """
 import os, signal, sys
-from experiments import cell, run
-evaluated, evaluate = [], cell.evaluate_perplexity
+from experiments import language, run
+evaluated, evaluate = [], language.evaluate_perplexity
 def dying(*args):
     evaluated.append(1)
     if len(evaluated) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return evaluate(*args)
-cell.evaluate_perplexity = dying
+language.evaluate_perplexity = dying
 run.main(sys.argv[1:])
 """
 
@@ -139,7 +139,7 @@ def break_evaluation(monkeypatch: pytest.MonkeyPatch, error: BaseException | Non
             raise AssertionError("not terminated")
         raise error
 
-    monkeypatch.setattr(cell, "evaluate_perplexity", broken)
+    monkeypatch.setattr(language, "evaluate_perplexity", broken)
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (None, 143)])

@@ -46,16 +46,15 @@ def test_blocks(wrapped: Case) -> None:
             assert [site.role for site in unit.sites] == BLOCK
             block = model.get_submodule(unit.name)
             assert block is unit.module
-            assert model.get_submodule(unit.attention) is block.attn
-            assert model.get_submodule(unit.mlp) is block.mlp
+            assert unit.module.get_submodule(unit.regions["attention"].exit) is block.attn
+            assert unit.module.get_submodule(unit.regions["mlp"].exit) is block.mlp
             norms = {site.role: site.norm for site in unit.sites}
             assert norms["qkv"] is block.norm1
             assert norms["fc1"] is block.norm2
             assert norms["proj"] is norms["fc2"] is norms["matmul_qk"] is None
             assert [site.heads for site in unit.sites[:3]] == [block.attn.num_heads] * 3
         else:
-            assert not unit.attention
-            assert not unit.mlp
+            assert not {"attention", "mlp", "block"} & set(unit.regions)
 
 
 def test_kinds_and_stages_of_swin() -> None:

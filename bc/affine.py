@@ -1,0 +1,76 @@
+"""Scale and shift of every output channel, by least squares: they fold into the weight and cost nothing.
+
+For a channel with float output y and quantized output ŷ, (a, b) minimise E(y − (a ŷ + b))²: a = Cov(y, ŷ) / Var(ŷ),
+b = E y − a E ŷ. Bias Compensation is the case a = 1.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bc.errors import UserError
+from bc.quantizers.base import SiteResult
+
+
+class ChannelMoments:
+    """Running first and second moments of pairs of outputs by channel, in fp64, weighted by tokens."""
+
+    def __init__(self, channels: int, device: torch.device | None = None) -> None:
+        self.sums = torch.zeros(4, channels, dtype=torch.float64, device=device)  # y, ŷ, y·ŷ, ŷ²
+        self.count = 0
+
+    def add(self, goal: Tensor, output: Tensor, valid: Tensor | None = None) -> None:
+        """Add a batch of rows, shape (batch, tokens, channels); ``valid``, (batch, tokens), leaves padding out."""
+        y, y_hat = (t.double()[valid] if valid is not None else t.double().flatten(0, -2) for t in (goal, output))
+        self.sums += torch.stack([y.sum(0), y_hat.sum(0), (y * y_hat).sum(0), y_hat.square().sum(0)])
+        self.count += len(y)
+
+    def solve(self) -> tuple[Tensor, Tensor]:
+        """(a, b), fp32, shape (channels,); a = 1 where ŷ is constant."""
+        y, y_hat, product, square = self.sums / self.count
+        variance = square - y_hat.square()
+        known = variance > 1e-12 * square
+        scale = torch.where(known, (product - y * y_hat) / torch.where(known, variance, 1.0), 1.0)
+        return scale.float(), (y - scale * y_hat).float()
+
+
+def fold_affine(module: nn.Module, result: SiteResult, scale: Tensor, shift: Tensor) -> SiteResult:
+    """Fold a channel's scale and shift into a site's quantized weight and bias.
+
+    Args:
+        module: A Linear or Conv2d that holds the quantized weight; changed.
+        result: How it is quantized.
+        scale: Shape (out,).
+        shift: Shape (out,).
+
+    Returns:
+        The result with its grid's scales multiplied: what is to be stored now.
+
+    Raises:
+        UserError: The weight has no scale per row to take the factor.
+    """
+    own: Any = module
+    weight: Any = result.weight
+    if weight is not None:
+        if not hasattr(weight, "scale"):
+            raise UserError(
+                f"bc.method: affine needs weights with scales, not a {type(weight).__name__}; set bc.method=bias"
+            )
+        factor = scale.to(weight.scale)[:, None]
+        new: Any = copy.copy(weight)
+        rows = (len(factor), weight.scale.shape[1])
+        new = replace(new, scale=weight.scale * factor, zero_point=weight.zero_point.expand(rows).clone())
+        result = replace(result, weight=new)
+        own.weight.data = new.dequantize().to(own.weight).view_as(own.weight)
+    else:
+        own.weight.data = own.weight * scale.to(own.weight).view(-1, *[1] * (own.weight.dim() - 1))
+    bias = shift.to(own.weight)
+    if own.bias is not None:
+        bias = bias + scale.to(own.weight) * own.bias
+    own.bias = nn.Parameter(bias, requires_grad=False)
+    return result

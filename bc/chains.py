@@ -1,0 +1,171 @@
+"""A model as the engine walks it: the chain of its units, how samples enter it, and where its logits leave."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from bc import models, vision
+from bc.calibration import Samples, Stream, capture, capture_images, logits
+from bc.errors import UserError
+from bc.models import Family, submodule
+from bc.positions import PositionContext
+from bc.settings import SCOPES, SEARCH
+from bc.sites import Site, Unit
+
+
+class Chain(ABC):
+    """Base of the two kinds of chains.
+
+    Attributes:
+        model: The model.
+        units: In forward order.
+        context: Token positions for the biases; None in a vision model, whose tokens have fixed places.
+        tail: What follows the units and is needed for the logits.
+        heads: Names of the modules whose output, or whose mean output, is the logits.
+    """
+
+    model: nn.Module
+    units: list[Unit]
+    context: PositionContext | None = None
+    tail: tuple[nn.Module | None, ...] = ()
+    heads: tuple[str, ...] = ()
+
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        """Scopes that exist in this model."""
+        found = {"layer", "model"} | {scope for unit in self.units for scope in unit.regions}
+        found |= {"stage"} if any(unit.stage is not None for unit in self.units) else set()
+        return tuple(scope for scope in SCOPES if scope in found)
+
+    @property
+    def sites(self) -> list[Site]:
+        """All sites, in forward order."""
+        return [site for unit in self.units for site in unit.sites]
+
+    @abstractmethod
+    def sink_positions(self, unit: Unit, asked: int) -> int:
+        """Leading tokens with a bias of their own at granularity ``sink``.
+
+        Args:
+            unit: The unit whose site it is.
+            asked: The setting's number.
+        """
+
+    @abstractmethod
+    def capture(self, samples: Samples, batch_size: int, device: torch.device, store: str) -> Stream:
+        """A stream of samples at the first unit's input."""
+
+    @abstractmethod
+    def logits(self, stream: Stream, index: int) -> Tensor:
+        """Logits of one batch of a stream that has passed all units."""
+
+
+class LanguageChain(Chain):
+    """The blocks of a causal language model."""
+
+    def __init__(self, model: nn.Module, family: Family) -> None:
+        self.model, self.family = model, family
+        from bc.scaling import predecessors  # it walks the blocks too
+
+        norms = predecessors(model, family)
+        self.units = [block_unit(family, i, block, norms) for i, block in enumerate(block_list(model, family))]
+        self.context = PositionContext.of(model)
+        self.tail = tuple(submodule(model, path) for path in family.tail)
+        self.heads = (family.head,)
+
+    def sink_positions(self, unit: Unit, asked: int) -> int:
+        """As asked."""
+        return asked
+
+    def capture(self, samples: Samples, batch_size: int, device: torch.device, store: str) -> Stream:
+        """See :func:`bc.calibration.capture`."""
+        return capture(self.model, self.family, samples, batch_size, device, store)
+
+    def logits(self, stream: Stream, index: int) -> Tensor:
+        """See :func:`bc.calibration.logits`."""
+        return logits(self.model, self.family, stream, index)
+
+
+class VisionChain(Chain):
+    """The units of a vision transformer, from the images to the logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.units = vision.units(model)
+        self.heads = tuple(site.name for site in self.units[-1].sites)
+
+    def sink_positions(self, unit: Unit, asked: int) -> int:
+        """The class and distillation tokens, which only blocks have."""
+        tokens = getattr(self.model, "num_prefix_tokens", 0) if unit.kind == "block" else 0
+        return int(tokens)
+
+    def capture(self, samples: Samples, batch_size: int, device: torch.device, store: str) -> Stream:
+        """See :func:`bc.calibration.capture_images`."""
+        return capture_images(samples, batch_size, device, store)
+
+    def logits(self, stream: Stream, index: int) -> Tensor:
+        """What the last unit returned."""
+        return stream.cache[index]
+
+
+def is_vision(model: nn.Module) -> bool:
+    """Whether a model is timm's."""
+    return type(model).__module__.partition(".")[0] == "timm"
+
+
+def chain_of(model: nn.Module) -> Chain:
+    """The chain of a model of a known family.
+
+    Raises:
+        UserError: The family is unknown.
+    """
+    return VisionChain(model) if is_vision(model) else LanguageChain(model, models.family_of(model))
+
+
+def block_list(model: nn.Module, family: Family) -> nn.ModuleList:
+    """A language model's transformer blocks."""
+    found = submodule(model, family.blocks)
+    assert isinstance(found, nn.ModuleList)
+    return found
+
+
+def block_unit(family: Family, index: int, block: nn.Module, before: Sequence[str] = ()) -> Unit:
+    """A language model's block; ``before`` names what each group of Linears reads, where nothing else does."""
+    name = f"{family.blocks}.{index}"
+    found = [submodule(block, path) if path else None for path in before] or [None] * len(family.linears)
+    norms = [module if isinstance(module, nn.LayerNorm) else None for module in found]
+    groups = tuple(
+        tuple(_site(name, block, path, norm) for path in group)
+        for group, norm in zip(family.linears, norms, strict=True)
+    )
+    return Unit(name, block, "block", groups, family.opens, family.regions)
+
+
+def _site(block_name: str, block: nn.Module, path: str, norm: nn.LayerNorm | None) -> Site:
+    module = submodule(block, path)
+    assert isinstance(module, nn.Linear), f"{path} is a {type(module).__name__}, not a Linear"
+    return Site(f"{block_name}.{path}", module, "linear", path.rpartition(".")[2], norm=norm)
+
+
+def sites(model: nn.Module, family: Family) -> Iterator[tuple[str, nn.Linear]]:
+    """Name and module of every Linear of a language model that is quantized, in forward order."""
+    for site in LanguageChain(model, family).sites:
+        assert isinstance(site.module, nn.Linear)
+        yield site.name, site.module
+
+
+def check_scopes(chain: Chain, scopes: tuple[str, ...]) -> None:
+    """Refuse scopes that a model does not have.
+
+    Raises:
+        UserError: The first of them, and those that there are.
+    """
+    for scope in scopes:
+        if scope not in (*chain.scopes, SEARCH):
+            raise UserError(
+                f"bc.scope: there is no {scope!r} in a {type(chain.model).__name__}; allowed: {', '.join(chain.scopes)}"
+            )

@@ -1,0 +1,123 @@
+"""Running statistics by token position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bc.errors import UserError
+from bc.regularise import Estimates
+
+
+class PositionSums:
+    """Running sums of vectors by token position: mergeable, weighted by samples.
+
+    Args:
+        positions: Number of positions (the window).
+        channels: Length of a vector.
+        device: Where to keep the sums.
+        halves: Keep the sums of the second half of every batch besides (single samples go to either in turn).
+
+    Attributes:
+        total: fp64, shape (positions, channels).
+        count: fp64, shape (positions,): how many vectors were added at each position.
+        second: The sums of the second half, or None.
+    """
+
+    def __init__(self, positions: int, channels: int, device: torch.device | None = None, halves: bool = False) -> None:
+        self.total = torch.zeros(positions, channels, dtype=torch.float64, device=device)
+        self.count = torch.zeros(positions, dtype=torch.float64, device=device)
+        self.second = PositionSums(positions, channels, device) if halves else None
+        self._turn = False
+
+    def add(self, values: Tensor, positions: Tensor, valid: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            values: Shape (batch, tokens, channels), or (batch · tokens, channels) in the same order.
+            positions: int64, shape (1 or batch, tokens).
+            valid: bool, shape (batch, tokens): False entries are left out.
+        """
+        values = values.reshape(-1, positions.shape[1], values.shape[-1])
+        if self.second is not None:
+            middle = len(values) // 2 if len(values) > 1 else int(not self._turn)
+            self._turn = not self._turn
+            part = positions if positions.shape[0] == 1 else positions[middle:]
+            if middle < len(values):
+                self.second.add(values[middle:], part, None if valid is None else valid[middle:])
+        if valid is None and positions.shape[0] == 1:
+            self.total.index_add_(0, positions[0], values.sum(0, dtype=torch.float32).double())
+            self.count.index_add_(0, positions[0], torch.full_like(positions[0], len(values), dtype=torch.float64))
+            return
+        index = positions.expand(len(values), -1).reshape(-1)
+        flat = values.reshape(-1, values.shape[-1]).double()
+        if valid is not None:
+            keep = valid.reshape(-1)
+            index, flat = index[keep], flat[keep]
+        self.total.index_add_(0, index, flat)
+        self.count.index_add_(0, index, torch.ones_like(index, dtype=torch.float64))
+
+    def merge(self, other: PositionSums) -> None:
+        """Add the sums of other samples."""
+        self.total += other.total.to(self.total.device)
+        self.count += other.count.to(self.count.device)
+        if self.second is not None and other.second is not None:
+            self.second.merge(other.second)
+
+    def as_stored(self) -> PositionSums:
+        """The sums on the CPU with the precision of a file."""
+        self.total, self.count = self.total.cpu().float().double(), self.count.cpu()
+        if self.second is not None:
+            self.second.as_stored()
+        return self
+
+    def estimates(self, rows: Callable[[Tensor], Tensor] = lambda mean: mean) -> Estimates:
+        """Positional tables from all samples and from either half.
+
+        Args:
+            rows: Positional mean ↦ the rows of interest, a linear map.
+        """
+        assert self.second is not None, "the halves were not kept"
+        parts = (self, self.first(), self.second)
+        tables = [
+            rows(part.mean("positional") if bool(part.count.any()) else self.mean("positional")) for part in parts
+        ]
+        return Estimates(tables[0], tables[1], tables[2], torch.stack([part.count for part in parts]))
+
+    def first(self) -> PositionSums:
+        """Sums of the first half of the samples."""
+        assert self.second is not None, "the halves were not kept"
+        found = PositionSums(self.total.shape[0], self.total.shape[1], self.total.device)
+        found.total, found.count = self.total - self.second.total, self.count - self.second.count
+        return found
+
+    def mean(self, granularity: str, sink_positions: int = 1) -> Tensor:
+        """Means as rows of a bias table.
+
+        Args:
+            granularity: ``channel``, ``sink`` or ``positional``.
+            sink_positions: k of ``sink``.
+
+        Returns:
+            fp32, shape (1, channels), (k + 1, channels) or (positions, channels). A position that no sample reached
+            gets the mean over all samples.
+
+        Raises:
+            UserError: No sample was added.
+        """
+        samples = self.count.sum()
+        if samples == 0:
+            raise UserError("calibration: no samples were seen; give at least one")
+        overall = self.total.sum(0, keepdim=True) / samples
+        if granularity == "channel":
+            return overall.float()
+        total, count = self.total, self.count
+        if granularity == "sink":
+            k = min(sink_positions, len(count) - 1) if len(count) > 1 else 0
+            total = torch.cat([total[:k], total[k:].sum(0, keepdim=True)])
+            count = torch.cat([count[:k], count[k:].sum(0, keepdim=True)])
+        seen = count > 0
+        rows = torch.where(seen[:, None], total / count.clamp(min=1)[:, None], overall)
+        return rows.float()

@@ -1,0 +1,44 @@
+"""A disk that is full or may not be written, told in one line."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bc.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+DENIED = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+@contextmanager
+def one_line_disk_errors(where: str = "results_dir") -> Iterator[None]:
+    """Turn errors of a full or forbidden disk into :class:`UserError`; others pass.
+
+    Args:
+        where: The setting that names the folder.
+    """
+    try:
+        yield
+    except OSError as error:
+        if (known := disk_error(error, where)) is None:
+            raise
+        raise known from error
+
+
+def disk_error(error: OSError, where: str = "results_dir") -> UserError | None:
+    """The line for a disk that is full or may not be written; None for any other error."""
+    path = str(error.filename or "")
+    if error.errno in FULL:
+        return UserError(f"{where}: no space left on the disk{_of(path)}; free some, and run the same command again")
+    if error.errno in DENIED:
+        reason = os.strerror(error.errno).lower()
+        return UserError(f"{where}: cannot be written ({reason}{_of(path)}); set {where} to a folder of yours")
+    return None
+
+
+def _of(path: str) -> str:
+    return f" of {str(Path(path).parent)!r}" if path else ""

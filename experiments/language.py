@@ -1,0 +1,129 @@
+"""Language models: texts, perplexity, and what is checked before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bc import models
+from bc.errors import UserError
+from bc.evaluation import evaluate_perplexity
+from bc.pipeline import Engine
+from experiments.config import CellConfig
+from experiments.data import TextData
+from experiments.tasks import Samples
+
+POSITION_FIELDS = ("max_position_embeddings", "n_positions")  # a model without either has no limit of its own
+
+
+def texts_of(cell: CellConfig) -> TextData:
+    """The cell's texts."""
+    assert isinstance(cell.data, TextData)
+    return cell.data
+
+
+class LanguageTask:
+    """See :class:`experiments.tasks.Task`."""
+
+    def check(self, cell: CellConfig) -> None:
+        """Texts are there, the model is there, windows fit its positions.
+
+        Raises:
+            UserError: The first thing that is wrong.
+        """
+        from bc.data import text
+
+        data = texts_of(cell)
+        if not cell.is_float:
+            text.check(data.calibration.dataset, "calibration", data.paths)
+            if data.selection.samples:
+                text.check(data.calibration.dataset, "selection", data.paths)
+        for dataset in data.evaluation.datasets:
+            text.check(dataset, "test", data.paths)
+        target, revision, gguf = models.locate(cell.model.name, cell.model.path)
+        if gguf is None:
+            check_windows(cell, positions(target, revision))
+
+    def samples(self, cell: CellConfig) -> Samples:
+        """Tokenize the texts that a cell needs."""
+        from bc.data import text
+
+        data, seed = texts_of(cell), cell.seed
+        tokenizer = models.load_tokenizer(cell.model.name, path=cell.model.path)
+        out = Samples()
+        if not cell.is_float:
+            c, count = data.calibration, data.selection.samples
+            out.calibration = text.calibration_windows(c.dataset, tokenizer, c.samples, c.window, seed, data.paths)
+            out.fit = out.calibration
+            if count:
+                out.selection = text.selection_windows(c.dataset, tokenizer, count, c.window, seed, data.paths)
+        e = data.evaluation
+        for dataset in e.datasets:
+            out.test[dataset] = text.test_windows(dataset, tokenizer, e.window, e.limit, data.paths)
+        return out
+
+    def load(self, cell: CellConfig) -> nn.Module:
+        """The float model."""
+        m = cell.model
+        return models.load(m.name, path=m.path, dtype=m.dtype, attention=m.attention)
+
+    def evaluate(self, model: nn.Module, samples: Samples, engine: Engine, cell: CellConfig) -> list[dict[str, Any]]:
+        """Perplexity of every test text."""
+        return [
+            {
+                "dataset": dataset,
+                "metric": "perplexity",
+                "value": evaluate_perplexity(model, windows, engine),
+                "test_samples": len(windows),
+            }
+            for dataset, windows in samples.test.items()
+        ]
+
+    def selection_score(self, model: nn.Module, samples: Samples, engine: Engine) -> tuple[float, ...]:
+        """Minus the perplexity of the selection windows."""
+        assert samples.selection is not None
+        return (-evaluate_perplexity(model, samples.selection, engine),)
+
+
+def check_windows(cell: CellConfig, longest: int | None) -> None:
+    """Refuse windows that are longer than a model's positions."""
+    data = texts_of(cell)
+    windows = {"data.evaluation.window": data.evaluation.window}
+    if not cell.is_float:
+        windows["data.calibration.window"] = data.calibration.window
+    for where, window in windows.items():
+        if longest is not None and window > longest:
+            raise UserError(
+                f"{where}: {window} tokens are more than the {longest} positions of {cell.model.name}; "
+                f"set {where}={longest} or less"
+            )
+
+
+def positions(target: str, revision: str) -> int | None:
+    """Longest input of a model, from its configuration alone; None where it sets no limit."""
+    config = _configuration(target, revision)
+    found = [config[name] for name in POSITION_FIELDS if isinstance(config.get(name), int)]
+    return found[0] if found else None
+
+
+def _configuration(target: str, revision: str) -> dict[str, Any]:
+    local = Path(target) / "config.json"
+    if local.is_file():
+        values: dict[str, Any] = json.loads(local.read_text(encoding="utf8"))
+        return values
+    from transformers import AutoConfig
+
+    try:
+        loaded: dict[str, Any] = AutoConfig.from_pretrained(
+            target, revision=revision, trust_remote_code=False
+        ).to_dict()
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model: {target!r} could not be reached ({reason}); "
+            "set model.path to a local folder, or connect to the hub"
+        ) from error
+    return loaded

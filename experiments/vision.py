@@ -1,0 +1,127 @@
+"""Vision models: images, accuracy, and what is checked before a model is loaded."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import Tensor, nn
+
+from bc import vision
+from bc.data import images
+from bc.data.images import Draw
+from bc.errors import UserError
+from bc.evaluation import evaluate_accuracy
+from bc.pipeline import Engine
+from bc.vision.transforms import Preprocessing
+from experiments.config import CellConfig
+from experiments.data import ImageData
+from experiments.tasks import Samples
+
+log = logging.getLogger(__name__)
+TOLERANCE = 0.1  # percent of top-1 by which a float model may differ from its published value
+
+
+def images_of(cell: CellConfig) -> ImageData:
+    """The cell's images."""
+    assert isinstance(cell.data, ImageData)
+    return cell.data
+
+
+class VisionTask:
+    """See :class:`experiments.tasks.Task`."""
+
+    def check(self, cell: CellConfig) -> None:
+        """Images are there, the model is known, and its checkpoint is there where a path is given.
+
+        Raises:
+            UserError: The first thing that is wrong.
+        """
+        data = images_of(cell)
+        if not cell.is_float:
+            images.check(data.calibration.dataset, "calibration", data.paths)
+        for dataset in data.evaluation.datasets:
+            images.check(dataset, "test", data.paths)
+        vision.check(cell.model.name, cell.model.path)
+        if cell.model.attention != "auto":
+            raise UserError(
+                f"model.attention: {cell.model.attention!r} is for language models; a vision model's matmuls are "
+                "always computed by themselves; set model.attention=auto"
+            )
+
+    def samples(self, cell: CellConfig) -> Samples:
+        """Decode the images that a cell needs; test images are decoded when they are scored."""
+        data, prepare = images_of(cell), preprocessing(cell)
+        out = Samples()
+        if not cell.is_float:
+            self._training(cell, data, prepare, out)
+        e = data.evaluation
+        for dataset in e.datasets:
+            out.test[dataset] = images.test_batches(
+                dataset, prepare, limit=e.limit, offset=e.offset, paths=data.paths, workers=data.workers
+            )
+        return out
+
+    def _training(self, cell: CellConfig, data: ImageData, prepare: Preprocessing, out: Samples) -> None:
+        dataset, paths, workers = data.calibration.dataset, data.paths, data.workers
+        calibration, fit = (
+            Draw(count, seed)
+            for count, seed in zip(
+                (data.calibration.samples, data.compensation.samples), data.with_seed(cell.seed), strict=True
+            )
+        )
+
+        def draw(which: Draw) -> Tensor:
+            return images.training_images(dataset, which.count, which.seed, prepare, paths, workers=workers)[0]
+
+        out.calibration = draw(calibration)
+        out.fit = draw(fit) if cell.bc.enabled else out.calibration
+        if data.selection.samples:
+            out.selection, out.labels = images.selection_images(
+                dataset, data.selection.samples, cell.seed, prepare, (calibration, fit), paths, workers=workers
+            )
+
+    def load(self, cell: CellConfig) -> nn.Module:
+        """The float model."""
+        return vision.load(cell.model.name, cell.model.path, dtype=cell.model.dtype)
+
+    def evaluate(self, model: nn.Module, samples: Samples, engine: Engine, cell: CellConfig) -> list[dict[str, Any]]:
+        """Top-1 and top-5 of every test set."""
+        rows = []
+        for dataset, test in samples.test.items():
+            found = evaluate_accuracy(model, test, engine)
+            if found.samples != test.count:
+                raise RuntimeError(f"{dataset}: {found.samples} images were scored, not {test.count}")
+            for metric in ("top1", "top5"):
+                value = getattr(found, metric)
+                rows.append({"dataset": dataset, "metric": metric, "value": value, "test_samples": found.samples})
+            if cell.is_float and dataset == "imagenet":
+                compare_float(cell, found.top1, whole=found.samples == images.IMAGENET_TEST)
+        return rows
+
+    def selection_score(self, model: nn.Module, samples: Samples, engine: Engine) -> tuple[float, ...]:
+        """Top-1 on the selection images; where two are equal, the lower cross-entropy."""
+        assert samples.selection is not None and samples.labels is not None
+        size = engine.batch_size
+        pairs = zip(samples.selection.split(size), samples.labels.split(size), strict=True)
+        found = evaluate_accuracy(model, pairs, engine)
+        return found.top1, -found.loss
+
+
+def preprocessing(cell: CellConfig) -> Preprocessing:
+    """The model's evaluation transform, found without its weights."""
+    return vision.preprocessing(vision.create(cell.model.name))
+
+
+def compare_float(cell: CellConfig, top1: float, *, whole: bool) -> None:
+    """Say where the float model is not what was published, on which all that follows would stand."""
+    source = vision.catalogue().get(cell.model.name)
+    if source is None or source.top1 is None:
+        return
+    difference = top1 - source.top1
+    part = "" if whole else " (on a part of the images)"
+    line = f"  float top-1 of {cell.model.name}: {top1:.2f}{part}, published {source.top1:.2f}, {difference:+.2f}"
+    if whole and abs(difference) > TOLERANCE:
+        log.warning("warning:%s; check the checkpoint and the images before trusting quantized scores", line)
+    else:
+        log.info("%s", line)

@@ -1,0 +1,48 @@
+"""Hydra's submitit launchers for sweeps that outlive their jobs; what they do is in :mod:`experiments.launching`.
+
+A thin shell, for Hydra imports every plugin whenever it starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.utils import JobReturn
+
+try:
+    from hydra_plugins.hydra_submitit_launcher.submitit_launcher import BaseSubmititLauncher as Submitit
+except ImportError:  # without the extra "cluster" Hydra knows neither these launchers nor their configurations
+    pass
+else:
+
+    class LocalLauncher(Submitit):
+        """Cells in a pool of processes on this machine, each with a GPU of its own where there are several.
+
+        Args:
+            cells_at_once: Most processes at a time; null is one a GPU, and one where there is none.
+            params: Of submitit.
+        """
+
+        _EXECUTOR = "local"
+
+        def __init__(self, cells_at_once: int | None = None, **params: Any) -> None:
+            super().__init__(**params)
+            self.cells_at_once = cells_at_once
+
+        def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+            """See :class:`hydra.plugins.launcher.Launcher`."""
+            from experiments.launching import run_locally
+
+            return run_locally(self, job_overrides, initial_job_idx, self.cells_at_once)
+
+    class SlurmLauncher(Submitit):
+        """Cells as the tasks of a Slurm job array."""
+
+        _EXECUTOR = "slurm"
+
+        def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+            """See :class:`hydra.plugins.launcher.Launcher`."""
+            from experiments.launching import run_on_slurm
+
+            return run_on_slurm(self, job_overrides, initial_job_idx)

@@ -1,0 +1,67 @@
+"""The local launcher: dead jobs, a GPU for each process, signals to the launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from experiments.run import tidy
+from tests.experiments import faulty
+from tests.experiments.conftest import Workspace
+
+pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+SWEEP = ("-m", "quantizer=rtn", "bits=w3,w4", "bc='off'", "hydra/launcher=local")
+
+
+def states(workspace: Workspace) -> dict[str, str]:
+    return {c.name.split("-")[2]: json.loads((c / "status.json").read_text())["state"] for c in workspace.cells()}
+
+
+def test_a_killed_job_is_one_failed_cell(workspace: Workspace, tmp_path: Path) -> None:
+    flag = tmp_path / "flag"
+    fault = {"place": "evaluating", "when": ["bits=w3"], "flag": flag}
+    sweep = faulty.start(tidy(workspace.arguments("llama", *SWEEP)), fault)
+    process = faulty.wait_until(lambda: flag.exists() and flag.read_text(), sweep)
+    os.kill(int(process), signal.SIGKILL)
+    output, errors = sweep.communicate(timeout=faulty.PATIENCE)
+    assert sweep.returncode == 1
+    assert "error: cell 0 of the sweep: its process died" in errors
+    assert "1 complete, 1 failed" in output
+    assert "Traceback" not in errors
+    assert states(workspace) == {"w3": "running", "w4": "complete"}
+    assert workspace.run(*SWEEP[:-1]) == 0
+    assert set(states(workspace).values()) == {"complete"}
+
+
+def test_each_process_has_a_gpu_of_its_own(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """There need be none: the processes are told by name which one is theirs."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7")
+    monkeypatch.setenv("SEEN", str(tmp_path))
+    sweep = faulty.start(tidy(workspace.arguments("llama", *SWEEP, "engine.device=auto")))
+    output, errors = sweep.communicate(timeout=faulty.PATIENCE)
+    assert sweep.returncode == 0, errors
+    assert "2 complete" in output
+    seen = {path.name: path.read_text() for path in tmp_path.glob("seen-*")}
+    assert seen == {"seen-0": "5", "seen-1": "GPU-7"}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_launcher_stops_its_processes(
+    workspace: Workspace, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    flag = tmp_path / "flag"
+    fault = {"place": "evaluating", "when": ["bits=w3"], "flag": flag}
+    sweep = faulty.start(tidy(workspace.arguments("llama", *SWEEP)), fault)
+    process = int(faulty.wait_until(lambda: flag.exists() and flag.read_text(), sweep))
+    sweep.send_signal(number)
+    _, errors = sweep.communicate(timeout=faulty.PATIENCE)
+    assert sweep.returncode == code
+    assert "Traceback" not in errors
+    faulty.wait_until(lambda: not Path(f"/proc/{process}").exists())
+    assert states(workspace) == {"w3": "interrupted"}

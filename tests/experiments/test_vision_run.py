@@ -1,0 +1,181 @@
+"""Vision cells through the command line: embedded images, ImageNet's folders, scope search, mistakes."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bc import quantizers
+from experiments import vision
+from experiments.compose import expand, hydra_ready
+from experiments.run import main
+from experiments.tables import rebuild
+
+FAST = ("data.calibration.samples=8", "data.compensation.samples=12", "data.selection.samples=10")
+FAST += ("report.calibration_samples=6", "report.held_out_samples=6", "engine.device=cpu", "engine.threads=1")
+SYNSETS = ("n01440764", "n01443537", "n01484850")  # classes 0 to 2
+SMALL = (*FAST, "data=embedded_vision", "data.evaluation.limit=40", "model=tiny_vit", "logger=none")
+
+
+def run(results: Path, *more: str) -> int:
+    names = {m.partition("=")[0] for m in more}
+    kept = [argument for argument in SMALL if argument.partition("=")[0] not in names]
+    if "data=embedded_llm" in more:
+        kept = [argument for argument in kept if not argument.startswith("data.")]
+    return main([*kept, f"results_dir={results}", *more])
+
+
+def results_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(p.read_text()) for p in sorted((folder / "cells").glob("*/result.json"))]
+
+
+@pytest.mark.parametrize("name", [*quantizers.of_kind("weight_activation"), "gptq"])
+def test_every_quantizer_with_and_without_bc(tmp_path: Path, name: str) -> None:
+    bits = "w3" if name == "gptq" else "w4a4"
+    few = ("quantizer.candidates=5",) if "candidates" in quantizers.option_names(name) else ()
+    few += ("quantizer.block_candidates=2",) if name == "apq_vit" else ()
+    assert run(tmp_path, "-m", f"quantizer={name}", f"bits={bits}", "bc='off',paper", *few) == 0
+    off, paper = sorted(results_of(tmp_path), key=lambda r: r["bits_per_weight"])
+    for result in (off, paper):
+        values = {m["metric"]: m for m in result["metrics"]}
+        assert set(values) == {"top1", "top5"} and values["top1"]["test_samples"] == 40
+        assert 50 < values["top1"]["value"] <= values["top5"]["value"] <= 100
+        assert values["top1"]["value"] % 2.5 == 0  # of 40 images
+    assert off["bias_parameters"] == 0 < paper["bias_parameters"]
+    assert paper["label"]["scope"] == "layer+model" and paper["label"]["bc"] == "paper"
+    assert paper["error_after"] < paper["error_before"]
+    assert off["label"]["calibration_samples"] == 8 and paper["label"]["calibration_samples"] == 12
+    assert len(list((tmp_path / "artefacts").glob("weights-*"))) == 1  # both share the calibration
+
+
+def test_two_runs_are_equal(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        assert run(tmp_path / folder, "quantizer=minmax", "bits=w4a4", "bc=paper") == 0
+    (one,), (two,) = results_of(tmp_path / "a"), results_of(tmp_path / "b")
+    assert one["metrics"] == two["metrics"] and one["error_after"] == two["error_after"]
+
+
+def test_the_searched_scope_is_chosen_without_the_test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored: list[int] = []
+    evaluate = vision.VisionTask.evaluate
+
+    def counting(self: vision.VisionTask, *arguments: Any) -> list[dict[str, Any]]:
+        scored.append(1)
+        return evaluate(self, *arguments)
+
+    monkeypatch.setattr(vision.VisionTask, "evaluate", counting)
+    assert run(tmp_path, "quantizer=minmax", "bits=w2a4", "bc=search") == 0
+    (result,) = results_of(tmp_path)
+    assert len(scored) == 1
+    trials = {trial["scope"]: trial["score"] for trial in result["scope_search"]}
+    assert len(trials) == 31
+    assert trials[result["label"]["scope"]] == max(trials.values())
+    assert result["label"]["bc"] == "search"
+
+
+def jpeg(mode: str, width: int, height: int, shade: int) -> bytes:
+    bands = {"RGB": (3,), "L": (), "CMYK": (4,)}[mode]
+    stream = io.BytesIO()
+    pixels = np.random.RandomState(shade).randint(0, 255, (height, width, *bands), dtype=np.uint8)
+    Image.fromarray(pixels, mode).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+@pytest.fixture
+def imagenet(tmp_path: Path) -> Path:
+    """Small pictures of odd sizes, grey, CMYK, and one that is cut off."""
+    modes, sizes = ("RGB", "L", "CMYK"), [(33, 47), (90, 20), (17, 19), (64, 64)]
+    for split in ("train", "val"):
+        for k, synset in enumerate(SYNSETS):
+            place = tmp_path / "imagenet" / split / synset
+            place.mkdir(parents=True)
+            for i in range(60 if split == "train" else 12):
+                (place / f"{i:03d}.JPEG").write_bytes(jpeg(modes[i % 3], *sizes[(i + k) % 4], 100 * k + i))
+    corrupt = tmp_path / "imagenet" / "val" / SYNSETS[1] / "003.JPEG"
+    corrupt.write_bytes(corrupt.read_bytes()[:150])
+    return tmp_path / "imagenet"
+
+
+def test_imagenet_folders_run_the_real_path(
+    imagenet: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BC_CACHE", str(tmp_path / "cache"))
+    data = ("data=imagenet", f"data.paths.imagenet={imagenet}", "data.workers=0", "data.evaluation.limit=36")
+    assert run(tmp_path / "out", *data, "quantizer=minmax", "bits=w8a8", "bc=paper", "seed=3") == 0
+    (result,) = results_of(tmp_path / "out")
+    assert {m["test_samples"] for m in result["metrics"]} == {35}
+    said = capfd.readouterr()
+    assert "003.JPEG cannot be decoded" in said.out + said.err
+    assert result["provenance"]["seeds"] == {"calibration": 3, "compensation": 3, "selection": 3}
+    assert result["config"]["evaluation"]["limit"] == 36
+
+
+def test_a_partial_run_is_shown_as_such(tmp_path: Path) -> None:
+    overrides = ["model=tiny_vit", "data=embedded_vision", "data.evaluation.limit=40", "quantizer=minmax"]
+    overrides += [*FAST, "data.compensation.samples=8", "bc='off'", "seed=0", "logger=none"]
+    assert main(["+experiment=ablation_samples", f"results_dir={tmp_path}", *overrides]) == 0
+    rebuild("ablation_samples", overrides, tmp_path)
+    text = (tmp_path / "tables" / "ablation_samples.md").read_text()
+    assert "embedded_fashion (part: 40 images from 0)" in text
+    assert "Bold: the best" in text
+
+
+MISTAKES = [
+    (["model=smollm2_135m"], "model: 'smollm2_135m' is a language model", "data=embedded_llm"),
+    (["data=embedded_llm"], "model: 'tiny_vit' is a vision model", "data=imagenet"),
+    (["quantizer=minmax", "bits=w1"], "bits.weight: 1 does not go with quantizer 'minmax'", "2 to 8"),
+    (["data=imagenet"], "data.paths.imagenet", "BC_IMAGENET"),
+    (["data.calibration.dataset=imagenett"], "'imagenett' is not known", "embedded_fashion"),
+    (["data.calibration.seed=-1"], "data.calibration.seed: -1 is not allowed", "0 or more"),
+    (["data.compensation.samples=0"], "data.compensation.samples: 0 is not allowed", "1 or more"),
+    (["data.evaluation.offset=-1"], "data.evaluation.offset: -1 is not allowed", "0 or more"),
+    (["data.kind=sounds"], "data.kind: 'sounds' is not known", "images"),
+    (["bc.kinds=[convs]"], "bc.kinds: 'convs' is not known", "conv"),
+    (["bc.scope=[search,layer]"], "bc.scope: search stands for all unions", "[search] alone"),
+    (["bc=search", "data.selection.samples=0", "report.held_out_samples=0"], "data.selection.samples: 0", "1 or more"),
+    (["bc.scope=[stage]"], "bc.scope: there is no 'stage'", "attention"),
+    (["model.path=/no/such/file"], "model.path: no checkpoint", ".safetensors"),
+    (["model.attention=eager"], "model.attention: 'eager' is for language models", "auto"),
+    (["save_model=true"], "save_model: ", "language"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "start", "mend"), MISTAKES, ids=[" ".join(m[0]) for m in MISTAKES])
+def test_one_line(
+    tmp_path: Path,
+    arguments: list[str],
+    start: str,
+    mend: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("BC_IMAGENET", raising=False)
+    default = [] if any(a.startswith("quantizer") for a in arguments) else ["quantizer=minmax", "bits=w4a4"]
+    assert run(tmp_path, *default, *arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert start in lines[0] and mend in lines[0]
+
+
+def test_table1_lists_the_papers_cells() -> None:
+    from experiments.compose import load_experiment
+    from experiments.published import PublishedTable
+    from experiments.tables import PUBLISHED
+
+    section, runs = load_experiment("table1")
+    with hydra_ready():
+        assert len(expand(section.cells)) == len(runs) == 10 * (1 + 6 * 3 + 3)
+    published = PublishedTable(PUBLISHED / section.published)
+    found = [published.find(r.cell, "imagenet", "top1") for r in runs]
+    assert sum(value is not None for value in found) == 163  # every printed top-1 has its cell
+    vit_b = next(
+        r for r in runs if (r.cell.model.name, r.cell.bits.label, r.cell.bc.enabled) == ("vit_b", "w4a4", True)
+    )
+    value = published.find(vit_b.cell, "imagenet", "top1")
+    assert value is not None and value.value == 67.27
