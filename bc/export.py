@@ -15,6 +15,7 @@ from bc.errors import UserError
 from bc.grid import QuantizedWeight, group_index
 from bc.models import family_of, submodule
 from bc.quantizers.base import SiteResult
+from bc.storage import share
 
 BIAS_SWITCHES = {"llama": (("self_attn.", "attention_bias"), ("mlp.", "mlp_bias"))}
 
@@ -60,6 +61,7 @@ def export_compressed_tensors(model: nn.Module, folder: Path, tokenizer: Any = N
         tensors.pop(f"{family_of(model).head}.weight", None)
     path = folder / "model.safetensors"
     save_file({k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}, path, {"format": "pt"})
+    share(path)
     return path
 
 

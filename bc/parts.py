@@ -8,11 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bc.calibration import Stream, hooked, output_of
+from bc.calibration import Samples, Stream, hooked, output_of
 from bc.models import submodule
 from bc.models.base import Region
 
-MOST_TOKENS = 4096  # inputs kept for a quantizer that searches on them
+
+def leading(samples: Samples, tokens: int) -> Samples:
+    """The first samples, as few as hold that many tokens together; all where they hold fewer, and all images."""
+    if isinstance(samples, Tensor) and samples.dim() > 2:
+        return samples
+    total = 0
+    for count, sample in enumerate(samples, 1):
+        total += (sample["input_ids"] if isinstance(sample, dict) else sample).numel()
+        if total >= tokens:
+            return samples[:count]
+    return samples
 
 
 class Captured:
@@ -81,7 +91,7 @@ class Part:
     Args:
         block: The block, with float weights.
         region: The part; None is the group's own Linears.
-        stream: Samples at the block's input; batches are used up to MOST_TOKENS tokens, at least one batch.
+        stream: Samples at the block's input.
         paths: Paths of the group's Linears.
     """
 
@@ -89,8 +99,7 @@ class Part:
         self.block, self.stream, self.paths = block, stream, paths
         self.region = region
         self.goals: list[Captured] = []
-        self.group_inputs: list[Tensor] = []
-        tokens = 0
+        inputs: list[Tensor] = []
         for b in range(len(stream)):
             goal, group = (
                 Captured(block, region or Region(paths[0], paths[0])),
@@ -99,15 +108,13 @@ class Part:
             run_captured(stream, block, b, [goal, group])
             x = group.args[0].reshape(-1, group.args[0].shape[-1])
             valid = stream.calls[b].valid
-            self.group_inputs.append(x if valid is None else x[valid.reshape(-1)])
+            inputs.append(x if valid is None else x[valid.reshape(-1)])
             self.goals.append(goal)
-            tokens += len(x)
-            if tokens >= MOST_TOKENS:
-                break
-
-    def inputs(self) -> Tensor:
-        """Inputs of the group, shape (tokens, in); padding is left out."""
-        return torch.cat(self.group_inputs)
+        self.inputs = torch.cat(inputs)  # of the group, shape (tokens, in); padding is left out
+        self.moment: Tensor | None = None
+        if region is None and len(self.inputs) > self.inputs.shape[1]:  # then it is the cheaper way to an error
+            x = self.inputs.float()
+            self.moment = x.T @ x
 
     def loss(self, weights: dict[str, Tensor]) -> float:
         """Mean squared error of the part's output when some of the group's Linears have other weights."""
@@ -123,17 +130,20 @@ class Part:
                 linear(self.block, path).weight.data = weight
 
     def _linear_loss(self, weights: dict[str, Tensor]) -> float:
-        x, total, outputs = self.inputs().float(), 0.0, 0
+        total, outputs = 0.0, 0
         for path, weight in weights.items():
             change = linear(self.block, path).weight.float() - weight.float()
-            total += (x @ change.T).square().sum().item()
+            if self.moment is not None:
+                total += ((change @ self.moment) * change).sum().item()
+            else:
+                total += (self.inputs.float() @ change.T).square().sum().item()
             outputs += len(weight)
-        return total / (len(x) * outputs)
+        return total / (len(self.inputs) * outputs)
 
     def _region_loss(self, region: Region) -> float:
         total, count = 0.0, 0
         for b, goal in enumerate(self.goals):
-            output = run_fed(self.stream, self.block, b, Captured(self.block, region), goal)
+            output = self._output(region, b, goal)
             error = (output - goal.output).float()
             valid = self.stream.calls[b].valid
             if valid is not None:
@@ -141,3 +151,9 @@ class Part:
             total += error.square().sum().item()
             count += error.numel()
         return total / count
+
+    def _output(self, region: Region, index: int, goal: Captured) -> Tensor:
+        """Output of the part on a batch, with the weights that the block has now."""
+        if region.entry == region.exit:  # one module: nothing else of the block need run
+            return output_of(find(self.block, region.entry)(*goal.args, **goal.kwargs))
+        return run_fed(self.stream, self.block, index, Captured(self.block, region), goal)

@@ -19,7 +19,7 @@ from bc.chains import Chain, VisionChain, chain_of, check_scopes
 from bc.errors import QuantizationError, UserError
 from bc.fitting import Fit
 from bc.install import install, installed
-from bc.parts import Part
+from bc.parts import Part, leading
 from bc.progress import track
 from bc.quantizers.base import Group, Quantizer, SiteQuantizer, SiteResult
 from bc.report import Report
@@ -123,7 +123,9 @@ def calibrate(
         assert samples is not None
         return calibrate_sites(chain, quantizer, engine.capture(chain, samples), engine.device)
     results: dict[str, SiteResult] = {}
-    stream = engine.capture(chain, samples) if quantizer.needs_data and samples is not None else None
+    stream = None
+    if quantizer.needs_data and samples is not None:
+        stream = engine.capture(chain, leading(samples, quantizer.tokens) if quantizer.tokens else samples)
     for i, unit in enumerate(track(chain.units, f"{quantizer.name} {quantizer.bits.label}", unit="block")):
         with on_device(engine.device, unit.module):
             found = _calibrate_unit(quantizer, unit, stream)
@@ -159,7 +161,7 @@ def _calibrate_unit(quantizer: Quantizer, unit: Unit, stream: Stream | None) -> 
         if stream and quantizer.needs_inputs:
             opens = unit.opens[i] if i < len(unit.opens) else ""
             part = Part(unit.module, unit.regions[opens] if opens else None, stream, tuple(names))
-            group.inputs, group.loss = part.inputs(), part.loss
+            group.inputs, group.loss = part.inputs, part.loss
         try:
             results = quantizer.quantize_group(group)
         except QuantizationError as error:

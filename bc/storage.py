@@ -25,6 +25,7 @@ from bc.quantizers.awq import ScaledWeight
 from bc.quantizers.base import SiteResult
 from bc.quantizers.billm import BinaryWeight
 from bc.quantizers.repq_vit import ReparametrisedWeight
+from bc.quantizers.sign import SignWeight
 
 
 class DamagedFileError(ValueError):
@@ -58,6 +59,7 @@ KINDS: dict[str, type] = {
     "affine": QuantizedWeight,
     "scaled": ScaledWeight,
     "binary": BinaryWeight,
+    "sign": SignWeight,
     "reparametrised": ReparametrisedWeight,
 }
 ACTIVATIONS: tuple[type[ActivationQuantizer], ...] = (
@@ -162,7 +164,7 @@ def restore_weight(name: str, site: dict[str, Any], tensors: dict[str, Tensor]) 
             values[field.name] = tensors[key].long() if tensors[key].dtype == torch.int32 else tensors[key]
     if "group_size" in site:
         values["group"] = group_index(site["columns"], site["group_size"])
-    if cls is BinaryWeight:
+    if cls in (BinaryWeight, SignWeight):  # everything that they pack is bool
         values |= {key: values[key].bool() for key in site["packed"]}
     elif "zero_point" not in values:
         values["zero_point"] = torch.full_like(values["scale"], 2 ** (values["bits"] - 1))
@@ -177,7 +179,7 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
     try:
         temporary = folder / path.name
         _save(tensors, temporary, {**metadata, "content": content_hash(tensors, metadata)})
-        temporary.chmod(0o666 & ~_umask())  # readable by those who share the folder, as any new file is
+        share(temporary)
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.replace(path)
@@ -195,10 +197,11 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> N
         raise
 
 
-def _umask() -> int:
+def share(path: Path) -> None:
+    """Give a file the rights that any new file gets: safetensors makes files that their owner alone can read."""
     current = os.umask(0o022)
     os.umask(current)
-    return current
+    path.chmod(0o666 & ~current)
 
 
 def read(path: Path, expected: str) -> tuple[dict[str, Tensor], dict[str, str]]:

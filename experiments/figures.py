@@ -52,7 +52,7 @@ def draw(title: str, lines: Sequence[Line]) -> Figure:
     for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
         draw_panel(axes, [line for line in known if (line.cell.model.name, line.dataset) == panel], kinds)
         axes.set_title(", ".join(panel))
-    figure.suptitle(title)
+    figure.suptitle(title, wrap=True)
     return figure
 
 
@@ -87,7 +87,7 @@ def draw_panel(axes: Axes, lines: Sequence[Line], kinds: Sequence[str]) -> None:
         axes.set_yscale("log")
         for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 1)))
-    axes.set_xticks(range(len(settings)), settings)
+    axes.set_xticks(range(len(settings)), [setting.replace(" ", "\n") for setting in settings])
     axes.set_ylabel("perplexity (lower is better)" if perplexity else "top-1 in % (higher is better)")
     axes.margins(y=0.1)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

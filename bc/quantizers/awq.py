@@ -16,7 +16,7 @@ clipping only if the error of the whole attention, MLP or Linear does not rise.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -93,19 +93,27 @@ class AWQ(Quantizer):
             symmetric: Symmetric grid instead of one with a zero point.
             n_grid: Number of exponents that are tried, 0, 1/n, … (n − 1)/n.
             clip: Search clipped ranges after the scales.
+            tokens: Calibration tokens that the searches use, in whole samples from the first.
         """
 
         symmetric: bool = False
         n_grid: int = 20
         clip: bool = True
+        tokens: int = 4096
 
         def __post_init__(self) -> None:
-            if self.n_grid < 1:
-                raise UserError(f"quantizer.awq.n_grid: {self.n_grid} is not allowed; use 1 or more")
+            for name in ("n_grid", "tokens"):
+                if getattr(self, name) < 1:
+                    raise UserError(f"quantizer.awq.{name}: {getattr(self, name)} is not allowed; use 1 or more")
 
     def __init__(self, bits: Bits, options: Options) -> None:
         super().__init__(bits, options)
         self.grid = Grid(bits.weight, options.symmetric, bits.group_size)
+
+    @property
+    def tokens(self) -> int:
+        """See :attr:`bc.quantizers.base.Quantizer.tokens`."""
+        return int(self.options.tokens)
 
     def quantize_group(self, group: Group) -> dict[str, SiteResult]:
         """See :meth:`bc.quantizers.base.Quantizer.quantize_group`."""
@@ -212,14 +220,23 @@ def _clip(
     assert group.loss is not None
     kept: set[str] = set()
     effective = {path: w.dequantize() for path, w in best.items()}
-    for path, weight in group.weights.items():
-        scale = best[path].column_scale
-        trial = _scaled(clip_ranges(weight.float() * scale.float(), inputs / scale.float(), grid), scale)
+    scale = next(iter(best.values())).column_scale  # one for all
+    scaled = torch.cat([weight.float() for weight in group.weights.values()]) * scale.float()
+    sizes = [len(weight) for weight in group.weights.values()]
+    clipped = _rows(clip_ranges(scaled, inputs / scale.float(), grid), sizes)  # rows are independent: searched at once
+    for path, ranges in zip(group.weights, clipped, strict=True):
+        trial = _scaled(ranges, scale)
         loss = group.loss({**effective, path: trial.dequantize()})
         if loss <= best_loss:
             best_loss, best[path], effective[path] = loss, trial, trial.dequantize()
             kept.add(path)
     return best_loss, kept
+
+
+def _rows(q: QuantizedWeight, sizes: list[int]) -> list[QuantizedWeight]:
+    """A matrix cut into consecutive runs of rows."""
+    parts = zip(q.codes.split(sizes), q.scale.split(sizes), q.zero_point.split(sizes), strict=True)
+    return [replace(q, codes=codes, scale=scale, zero_point=zero) for codes, scale, zero in parts]
 
 
 def _scaled(q: QuantizedWeight, column_scale: Tensor) -> ScaledWeight:

@@ -98,6 +98,11 @@ class Quantizer(ABC):
         """Whether calibration samples are needed at all."""
         return self.needs_hessian or self.needs_inputs
 
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens that are enough, in whole samples from the first; 0 asks for all."""
+        return 0
+
     def quantize_group(self, group: Group) -> dict[str, SiteResult]:
         """Quantize the Linears of a group; by default each by itself.
 

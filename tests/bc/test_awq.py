@@ -11,11 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bc.chains import block_list, sites
+from bc.calibration import output_of
+from bc.chains import block_list, chain_of, sites
 from bc.errors import QuantizationError, UserError
 from bc.grid import Grid, QuantizedWeight, quantize_weight
 from bc.models import family_of
-from bc.pipeline import calibrate, compensate
+from bc.models.base import Region
+from bc.parts import Part, leading
+from bc.pipeline import Engine, calibrate, compensate
 from bc.quantizers import create
 from bc.quantizers.awq import ScaledWeight, clip_ranges, column_scales, scaled_round
 from bc.quantizers.base import Group
@@ -156,6 +159,8 @@ def test_refusals():
         create("awq", Bits.parse("w1"))
     with pytest.raises(UserError, match="n_grid"):
         create("awq", Bits.parse("w4"), n_grid=0)
+    with pytest.raises(UserError, match=r"quantizer\.awq\.tokens: 0"):
+        create("awq", Bits.parse("w4"), tokens=0)
     with pytest.raises(QuantizationError, match="quantize_group"):
         create("awq", Bits.parse("w4")).quantize_weight(torch.ones(2, 2), None)
     weights, x = problem(0, 1.0)
@@ -163,6 +168,66 @@ def test_refusals():
         create("awq", Bits.parse("w4")).quantize_group(Group(weights))
     with pytest.raises(QuantizationError, match="NaN"):
         create("awq", Bits.parse("w4")).quantize_group(group_of(weights, x * torch.nan))
+
+
+# What the engine gives it --------------------------------------------------------------------------------------------
+
+
+def part_of(model, number: int, samples: Tensor) -> tuple[Part, torch.nn.Module, tuple[str, ...]]:
+    paths, chain = family_of(model).linears[number], chain_of(model)
+    stream, unit = Engine(batch_size=3).capture(chain, samples), chain.units[0]
+    opens = unit.opens[number]
+    return Part(unit.module, unit.regions[opens] if opens else None, stream, paths), unit.module, paths
+
+
+def outputs_of(part: Part, region: Region, weights: dict[str, Tensor]) -> Tensor:
+    """Outputs of a part, given its float inputs, when the whole block is run with other weights."""
+    seen: list[Tensor] = []
+    fed = [(goal.args, goal.kwargs) for goal in part.goals]
+    entry, exit_ = part.block.get_submodule(region.entry), part.block.get_submodule(region.exit)
+    handles = [
+        entry.register_forward_pre_hook(lambda m, a, k: fed.pop(0), with_kwargs=True),
+        exit_.register_forward_hook(lambda m, a, out: seen.append(output_of(out).double())),
+    ]
+    kept = {path: part.block.get_submodule(path).weight.data for path in weights}
+    for path, weight in weights.items():
+        part.block.get_submodule(path).weight.data = weight
+    for b in range(len(part.stream)):
+        part.stream.run(part.block, b)
+    for path, weight in kept.items():
+        part.block.get_submodule(path).weight.data = weight
+    for handle in handles:
+        handle.remove()
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("samples", [1, 6])  # fewer and more tokens than inputs
+def test_the_loss_against_the_whole_block(tiny, number, samples, token_ids):
+    """Of a part run by itself, or of Linears by their inputs' second moment: the error seen by running the block."""
+    part, block, paths = part_of(tiny, number, token_ids[:samples])
+    region = part.region or Region(paths[0], paths[-1])
+    weights = {path: block.get_submodule(path).weight.clone() for path in paths}
+    assert part.loss(weights) == pytest.approx(0, abs=1e-10)
+    changed = {path: weight * 0.9 + 0.01 for path, weight in weights.items()}
+    expected = (outputs_of(part, region, changed) - outputs_of(part, region, {})).square().mean().item()
+    assert part.loss(changed) == pytest.approx(expected, rel=1e-4)
+    assert all(torch.equal(block.get_submodule(path).weight, weight) for path, weight in weights.items())
+
+
+def test_only_as_many_samples_as_hold_the_tokens(token_ids):
+    length = token_ids.shape[1]
+    for tokens, samples in ((1, 1), (length, 1), (length + 1, 2), (10**6, len(token_ids))):
+        for some in (token_ids, list(token_ids), [{"input_ids": ids} for ids in token_ids]):
+            assert len(leading(some, tokens)) == samples
+    quantizer = create("awq", Bits.parse("w3"), tokens=2 * length - 1)
+    for batch_size in (1, 4):  # whatever the batches are
+        model = tiny_model("llama")
+        found = calibrate(model, quantizer, token_ids, Engine(batch_size=batch_size))
+        wanted = calibrate(model, create("awq", Bits.parse("w3")), token_ids[:2])
+        for name, result in found.items():
+            assert result.notes["alpha"] == wanted[name].notes["alpha"]
+            torch.testing.assert_close(result.weight.dequantize(), wanted[name].weight.dequantize())
 
 
 # On models -----------------------------------------------------------------------------------------------------------

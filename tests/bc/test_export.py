@@ -41,6 +41,7 @@ def test_the_same_logits(name, quantizer, bits, preset, token_ids, tmp_path):
         ("rtn", "w4", "paper", "positional bias"),
         ("awq", "w4g16", "off", "ScaledWeight"),
         ("billm", "w1", "off", "BinaryWeight"),
+        ("sign", "w1", "off", "SignWeight"),
         ("rtn", "w4", "off", "zero points"),
     ],
 )

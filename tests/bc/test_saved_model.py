@@ -21,6 +21,7 @@ SETTINGS = [
     ("rtn", "w3", "paper"),
     ("awq", "w4g16", "positional"),
     ("billm", "w1", "sink"),
+    ("sign", "w1", "channel"),
     ("rtn", "w5", Compensation(("layer", "attention", "mlp", "block", "model"), "sink", "quantized")),
 ]
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from experiments import export
+from experiments.cell import checkpoint_folder
+from experiments.compose import compose_run, hydra_ready
 from experiments.generate import main
 from tests.experiments.conftest import Workspace
+
+README = Path(__file__).parents[2] / "README.md"
 
 
 @pytest.mark.parametrize("bc", ["off", "channel", "sink", "positional", "paper"])
@@ -69,7 +75,8 @@ def test_a_checkpoint_is_exported(workspace: Workspace, tmp_path: Path, capsys: 
     (folder,) = (workspace.results / "checkpoints").iterdir()
     arguments = [f"checkpoint={folder}", f"folder={tmp_path / 'out'}"]
     assert export.main(arguments) == 0
-    assert (tmp_path / "out" / "model.safetensors").is_file()
+    weights = tmp_path / "out" / "model.safetensors"
+    assert weights.stat().st_mode == (tmp_path / "out" / "config.json").stat().st_mode  # not for its owner alone
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     assert export.main(arguments) == 2
     assert "exists already" in capsys.readouterr().err
@@ -84,3 +91,43 @@ def test_what_cannot_be_exported_is_one_line(
     assert export.main([f"checkpoint={folder}", f"folder={tmp_path / 'out'}"]) == 2
     assert "bc=channel" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def readme_commands() -> dict[str, list[str]]:
+    """The README's commands about checkpoints: module → arguments."""
+    section = re.search(r"^## Checkpoints.*?(?=^## )", README.read_text("utf8"), re.MULTILINE | re.DOTALL)
+    assert section is not None
+    lines = [shlex.split(line) for line in section[0].splitlines() if line.startswith("python -m experiments.")]
+    return {words[2]: words[3:] for words in lines}
+
+
+def test_the_readme_names_the_checkpoint_that_its_command_makes() -> None:
+    commands = readme_commands()
+    with hydra_ready():
+        made = checkpoint_folder(compose_run(commands["experiments.run"]))
+    for name in ("experiments.generate", "experiments.export"):
+        assert f"checkpoint={made}" in commands[name]
+
+
+def test_the_commands_of_the_readme_work(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a tiny model and text in place of the embedded ones."""
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed (extra 'export')")
+    from transformers import AutoModelForCausalLM
+
+    commands = readme_commands()
+    own = [a for a in commands["experiments.run"] if not a.startswith(("model=", "data="))]
+    assert workspace.run(*own) == 0
+    (folder,) = (workspace.results / "checkpoints").iterdir()
+    places = {"checkpoint": folder, "folder": tmp_path / "exported"}
+
+    def here(name: str) -> list[str]:
+        split = [argument.partition("=") for argument in commands[name]]
+        return [f"{key}={places.get(key, value)}" for key, _, value in split]
+
+    capsys.readouterr()
+    assert main(here("experiments.generate")) == 0
+    assert capsys.readouterr().out.strip()
+    assert export.main(here("experiments.export")) == 0
+    assert AutoModelForCausalLM.from_pretrained(places["folder"]).config.quantization_config is not None
