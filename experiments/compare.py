@@ -1,0 +1,193 @@
+"""Paired comparison with no compensation: ``python -m experiments.compare EXPERIMENT [key=value …] [--results DIR]``.
+
+Every setting and no compensation scored the same test samples, so the difference is taken sample by sample, averaged
+over seeds, and its 95 % interval is a bootstrap over the test samples and over the seeds. Needs the result files, which
+keep what every sample scored; the table that it writes, ``tables/EXPERIMENT_paired``, is kept without them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from bc.errors import UserError
+from bc.settings import Compensation
+from experiments.compose import load_experiment
+from experiments.config import CellConfig
+from experiments.identity import bc_name, cell_hash, weights_hash, with_seed
+from experiments.records import write_text
+from experiments.store import all_results
+from experiments.tables import distinct
+
+DRAWS = 10_000
+LEVEL = 0.95
+HEAD = (
+    "Difference of {what} from no compensation, sample by sample, mean over seeds; in brackets the 95 % interval "
+    "(bootstrap over test samples and seeds). Bold: the interval leaves 0 out. Made by `python -m experiments.compare "
+    "{name}`; not to be edited."
+)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """One setting against no compensation.
+
+    Attributes:
+        cell: The setting.
+        dataset: Test text or images.
+        difference: Mean, in nats of cross-entropy or percent of top-1.
+        low: Lower end of the interval.
+        high: Upper end.
+        better: Share of the test samples that are better, of those that differ.
+        samples: Test samples.
+        seeds: Seeds that both have.
+        bits: Bits per weight added.
+    """
+
+    cell: CellConfig
+    dataset: str
+    difference: float
+    low: float
+    high: float
+    better: float
+    samples: int
+    seeds: int
+    bits: float
+
+
+def values_of(outcome: Any) -> NDArray[np.float64]:
+    """What each sample scored: cross-entropy, or 100 where the image is right and 0 where it is not."""
+    if isinstance(outcome, str):
+        return np.array([100.0 * (mark == "1") for mark in outcome])
+    return np.array(outcome, dtype=np.float64)
+
+
+def interval(differences: NDArray[np.float64]) -> tuple[float, float]:
+    """95 % interval of the mean of differences of shape (seeds, samples), by bootstrap over either axis."""
+    draw = np.random.default_rng(0)
+    seeds, samples = differences.shape
+    means = np.empty(DRAWS)
+    for i in range(DRAWS):
+        rows = draw.integers(0, seeds, seeds)
+        weights = np.bincount(draw.integers(0, samples, samples), minlength=samples)
+        means[i] = differences[rows].mean(0) @ weights / samples
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def compare(cell: CellConfig, dataset: str, results: dict[str, Any], seeds: Sequence[int]) -> Paired | None:
+    """A setting against no compensation with the same calibration, over the seeds that both have."""
+    differences, bits = [], []
+    for seed in seeds:
+        mine = with_seed(cell, seed)
+        base = replace(mine, bc=Compensation())
+        pair = [results.get(cell_hash(c), {}) for c in (mine, base)]
+        if any(dataset not in result.get("outcomes", {}) for result in pair):
+            continue
+        one, two = (values_of(result["outcomes"][dataset]) for result in pair)
+        differences.append(one - two)
+        bits.append(pair[0]["bits_per_weight"] - pair[1]["bits_per_weight"])
+    if not differences:
+        return None
+    table = np.stack(differences)
+    mean = table.mean(0)
+    sign = -1 if cell.metric == "perplexity" else 1
+    differing = mean[mean != 0]
+    better = float((sign * differing > 0).mean()) if len(differing) else 0.5
+    low, high = interval(table)
+    return Paired(
+        cell, dataset, float(mean.mean()), low, high, better, table.shape[1], len(table), float(np.mean(bits))
+    )
+
+
+def rows_of(name: str, overrides: Sequence[str], results: Path) -> list[Paired]:
+    """All comparisons of an experiment.
+
+    Raises:
+        UserError: No pair of result files is there.
+    """
+    _, runs = load_experiment(name, overrides)
+    found = {result["cell"]: result for result in all_results(results)}
+    seeds = sorted({int(result["label"]["seed"]) for result in found.values()})
+    cells = [cell for cell in distinct(runs) if cell.bc.enabled]
+    pairs = [compare(cell, dataset, found, seeds) for cell in cells for dataset in cell.data.evaluation.datasets]
+    rows = [pair for pair in pairs if pair is not None]
+    if not rows:
+        raise UserError(
+            f"compare: no result files of {name} with and without compensation below {results / 'cells'}; "
+            f"run python -m experiments.run +experiment={name}"
+        )
+    return rows
+
+
+def frame_of(rows: Sequence[Paired]) -> pd.DataFrame:
+    """One row a comparison, numbers in full precision."""
+    return pd.DataFrame(
+        [
+            {
+                "model": row.cell.model.name,
+                "quantizer": row.cell.quantizer,
+                "bits": row.cell.bits.label,
+                "weights": weights_hash(with_seed(row.cell, 0))[:8],
+                "bc": bc_name(row.cell),
+                "dataset": row.dataset,
+                "unit": "nats" if row.cell.metric == "perplexity" else "percent",
+                "difference": row.difference,
+                "low": row.low,
+                "high": row.high,
+                "better": row.better,
+                "test_samples": row.samples,
+                "seeds": row.seeds,
+                "bits_per_weight_added": row.bits,
+            }
+            for row in rows
+        ]
+    )
+
+
+def markdown(name: str, title: str, rows: Sequence[Paired]) -> str:
+    """The comparisons for people."""
+    perplexity = rows[0].cell.metric == "perplexity"
+    what = "cross-entropy in nats (lower is better)" if perplexity else "top-1 in percent (higher is better)"
+    lines = [f"# {title}: paired", "", HEAD.format(what=what, name=name), ""]
+    lines += ["| model | quantizer | bits | BC | added bits/weight | data | difference | better in | seeds |"]
+    lines += ["|---|---|---|---|--:|---|--:|--:|--:|"]
+    for row in rows:
+        cell, digits = row.cell, 4 if perplexity else 2
+        text = f"{row.difference:+.{digits}f} [{row.low:+.{digits}f}, {row.high:+.{digits}f}]"
+        text = f"**{text}**" if row.low > 0 or row.high < 0 else text
+        setting = f"{cell.model.name} | {cell.quantizer} | {cell.bits.label} | {bc_name(cell)} | {row.bits:.3f}"
+        lines.append(f"| {setting} | {row.dataset} | {text} | {100 * row.better:.0f} % | {row.seeds} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.compare", description="Paired comparison.")
+    parser.add_argument("experiment", help="name of a file in conf/experiment")
+    parser.add_argument("overrides", nargs="*", help="overrides that the experiment was run with")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="results directory (default: results)")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        section, _ = load_experiment(options.experiment, options.overrides)
+        rows = rows_of(options.experiment, options.overrides, options.results)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    stem = options.results / "tables" / f"{options.experiment}_paired"
+    write_text(stem.with_suffix(".md"), markdown(options.experiment, section.title, rows))
+    write_text(stem.with_suffix(".csv"), frame_of(rows).to_csv(index=False, lineterminator="\n"))
+    print(stem.with_suffix(".md"), stem.with_suffix(".csv"), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""Paired comparisons: the interval covers, and the table is made from what the samples scored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.compare import compare, interval, main, rows_of, values_of
+from experiments.compose import compose_run, hydra_ready
+from experiments.identity import cell_hash, with_seed
+from experiments.run import main as run
+
+
+def test_the_interval_covers_the_true_mean() -> None:
+    """Samples and seeds both vary; about 95 of 100 intervals hold the mean, and they shrink with the samples."""
+    draw = np.random.default_rng(1)
+    held, widths = 0, {50: 0.0, 800: 0.0}
+    for samples in widths:
+        for _ in range(40):
+            table = 0.3 + draw.normal(size=(1, samples)) + 0.05 * draw.normal(size=(5, samples))
+            low, high = interval(table)
+            held += samples == 800 and low <= 0.3 <= high
+            widths[samples] += high - low
+    assert held >= 34
+    assert widths[50] == pytest.approx(4 * widths[800], rel=0.15)  # by the root of the number
+    assert widths[800] / 40 == pytest.approx(2 * 1.96 / 800**0.5, rel=0.1)
+
+
+def test_differences_are_taken_sample_by_sample() -> None:
+    with hydra_ready():
+        cell = compose_run(
+            ["model=tiny_vit", "quantizer=minmax", "bits=w4a4", "bc=channel", "data=embedded_vision"]
+        ).cell
+        base = compose_run(["model=tiny_vit", "quantizer=minmax", "bits=w4a4", "bc='off'", "data=embedded_vision"]).cell
+    results = {}
+    for seed, (mine, other) in enumerate([("1101", "0101"), ("1111", "1100")]):
+        results[cell_hash(with_seed(cell, seed))] = {"outcomes": {"d": mine}, "bits_per_weight": 4.5}
+        results[cell_hash(with_seed(base, seed))] = {"outcomes": {"d": other}, "bits_per_weight": 4.25}
+    found = compare(cell, "d", results, [0, 1, 2])
+    assert found is not None
+    assert (found.difference, found.seeds, found.samples, found.bits) == (pytest.approx(37.5), 2, 4, 0.25)
+    assert found.better == 1.0 and found.low <= 37.5 <= found.high
+    assert compare(cell, "other", results, [0, 1]) is None
+    assert values_of([1.5, 2.0]).tolist() == [1.5, 2.0]
+
+
+FAST = ["model=tiny_vit", "data=embedded_vision", "data.evaluation.limit=60", "data.calibration.samples=8"]
+FAST += ["data.compensation.samples=12", "data.selection.samples=8", "report.calibration_samples=0"]
+FAST += ["report.held_out_samples=0", "engine.device=cpu", "engine.threads=1", "logger=none", "quantizer=minmax"]
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = [*FAST, "bits=w2a4", "seed=0"]
+    assert main(["demo_vision", *overrides, "--results", str(tmp_path)]) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("error: compare: no result files of demo_vision") and "\n" not in line
+    assert run(["+experiment=demo_vision", f"results_dir={tmp_path}", *overrides]) in (0, 2)  # float cells do not fit
+    assert main(["demo_vision", *overrides, "--results", str(tmp_path)]) == 0
+    text = (tmp_path / "tables" / "demo_vision_paired.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| tiny_vit")]
+    assert {row.split("|")[4].strip() for row in rows} == {"channel", "paper"}
+    assert "top-1 in percent" in text
+    assert len(rows_of("demo_vision", overrides, tmp_path)) == len(rows)
