@@ -41,6 +41,8 @@ COLUMNS = (
     "device",
     "commit",
     "cell",
+    "options",  # the quantizer's own, among them weight granularity and search metric
+    "damping_retries",
 )
 KEY = ("experiment", "cell", "dataset", "metric")
 NUMERIC = ("w_bits", "a_bits", "group_size", "calibration_samples", "seed")
@@ -59,6 +61,8 @@ def rows_of(result: dict[str, Any], experiment: str, suite: str) -> list[Row]:
     """
     facts = {name: result[name] for name in COLUMNS if name in result}
     facts |= {"device": result["provenance"]["device"], "commit": result["provenance"]["commit"]}
+    options = {name: value for name, value in result["config"]["quantizer"].items() if name != "name"}
+    facts |= {"options": " ".join(f"{name}={value}" for name, value in sorted(options.items()))}
     facts |= {"experiment": experiment, "suite": suite}
     return [
         {name: _text(value) for name, value in (facts | result["label"] | metric).items()}
