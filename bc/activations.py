@@ -65,9 +65,13 @@ def quantizers_of(module: nn.Module) -> InputQuantizers | None:
 
 def detach_quantizers(module: nn.Module) -> None:
     """Give a site its float inputs again."""
-    child = quantizers_of(module)
-    if child is not None:
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if getattr(hook, "__self__", None) is child:
-                del module._forward_pre_hooks[key]
-        del module._modules[CHILD]
+    if quantizers_of(module) is not None:
+        remove_child(module, CHILD)
+
+
+def remove_child(module: nn.Module, name: str) -> None:
+    """Remove a child of a module together with the child's hooks on it."""
+    child = module._modules.pop(name)
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is child]:
+            del hooks[key]

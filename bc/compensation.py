@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bc.activations import remove_child
 from bc.errors import QuantizationError, UserError
 from bc.positions import PositionContext
 from bc.regularise import LowRank
@@ -242,12 +243,8 @@ def compensation_of(module: nn.Module) -> BiasCompensation | None:
 
 def detach(module: nn.Module) -> None:
     """Remove a module's bias; the output is again what it was."""
-    child = compensation_of(module)
-    if child is not None:
-        for key, hook in list(module._forward_hooks.items()):
-            if getattr(hook, "__self__", None) is child:
-                del module._forward_hooks[key]
-        del module._modules[CHILD]
+    if compensation_of(module) is not None:
+        remove_child(module, CHILD)
 
 
 def fold(module: nn.Module) -> bool:

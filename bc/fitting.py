@@ -296,6 +296,7 @@ class Fit:
         for name in self.chain.heads:
             head = self.chain.model.get_submodule(name)
             self.attach(name, head, bias)
+            head.to(next(head.parameters()).device)  # the bias comes from where the logits are
             reports.append(_report(name, "model", head))
             if getattr(head, "bias", None) is not None and fold(head):
                 reports[-1].folded, reports[-1].bias_parameters = True, 0

@@ -6,25 +6,29 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from bc.activations import attach_quantizers, detach_quantizers
 from bc.quantizers.base import SiteResult
 
 
-def install(module: nn.Module, result: SiteResult) -> None:
-    """Quantize a site from now on: its weight, and its inputs where they have quantizers."""
+def install(module: nn.Module, result: SiteResult, device: torch.device | None = None) -> None:
+    """Quantize a site from now on: its weight, and its inputs where they have quantizers.
+
+    Args:
+        module: The site.
+        result: How it is quantized.
+        device: Where its inputs are; None takes that of the module, or, of a matmul, that of its quantizers.
+    """
     if result.weight is not None:
         weight: Any = module.weight
         weight.data = result.weight.dequantize().to(weight).view_as(weight)
     if result.inputs:
-        attach_quantizers(module, result.inputs).to(_device(module, result))
-
-
-def _device(module: nn.Module, result: SiteResult) -> Any:
-    """Device of a module, or, of a matmul, which has no parameters, of its quantizers as they are."""
-    tensors = [*module.parameters(), *(b for q in result.inputs for b in q.buffers())]
-    return tensors[0].device if tensors else None
+        child = attach_quantizers(module, result.inputs)
+        known = device or next((parameter.device for parameter in module.parameters()), None)
+        if known is not None:
+            child.to(known)
 
 
 @contextmanager

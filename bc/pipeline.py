@@ -250,7 +250,7 @@ def compensate(
             source = copy.deepcopy(unit.module)
             for site in unit.sites:
                 if site.name in quantized:
-                    install(site.module, quantized[site.name])
+                    install(site.module, quantized[site.name], engine.device)
             reports += fit.unit(i, source)
             for site in (site for site in unit.sites if site.name in quantized):
                 storage.add(site, fit.results[site.name])

@@ -96,3 +96,10 @@ def _signals() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
+
+
+def assert_one_line(capsys: pytest.CaptureFixture[str], *parts: str) -> None:
+    """A mistake was told in one line on standard error that holds these parts."""
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert all(part in lines[0] for part in parts), lines[0]

@@ -9,7 +9,7 @@ import pytest
 from experiments import language
 from experiments.compose import expand
 from experiments.run import main
-from tests.experiments.conftest import Workspace
+from tests.experiments.conftest import Workspace, assert_one_line
 
 MISTAKES = [
     (["model=opt_125"], "model: 'opt_125' is not known", "did you mean 'opt_125m'"),
@@ -67,11 +67,7 @@ def test_one_line(
     if "model" in keys:
         tiny = [a for a in tiny if not a.startswith("model.")]
     assert main([*tiny, *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert start in error
-    assert mend in error
+    assert_one_line(capsys, start, mend)
 
 
 def test_a_mistake_in_a_sweep_is_told_once(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:

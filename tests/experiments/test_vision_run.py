@@ -19,6 +19,7 @@ from experiments.identity import bc_label
 from experiments.run import main
 from experiments.tables import rebuild
 from experiments.tasks import Scores
+from tests.experiments.conftest import assert_one_line
 
 FAST = ("data.calibration.samples=8", "data.compensation.samples=12", "data.selection.samples=10")
 FAST += ("report.calibration_samples=6", "report.held_out_samples=6", "engine.device=cpu", "engine.threads=1")
@@ -162,9 +163,7 @@ def test_one_line(
     monkeypatch.delenv("BC_IMAGENET", raising=False)
     default = [] if any(a.startswith("quantizer") for a in arguments) else ["quantizer=minmax", "bits=w4a4"]
     assert run(tmp_path, *default, *arguments) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    assert start in lines[0] and mend in lines[0]
+    assert_one_line(capsys, start, mend)
 
 
 def test_table1_lists_the_papers_cells() -> None:
