@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,7 @@ def calibrating(flag: Path) -> None:
 
 
 def evaluating(flag: Path) -> None:
-    before(language, "evaluate_perplexity", flag)
+    before(language, "window_losses", flag)
 
 
 def writing_result(flag: Path) -> None:
@@ -123,6 +125,8 @@ def start(arguments: Sequence[str], *faults: dict[str, Any], **environment: str)
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # a background job of a shell ignores Ctrl-C and hands that on to its children
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 

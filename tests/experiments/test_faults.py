@@ -164,7 +164,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
-LATE = {"weights": "quantized_weights", "means": "float_statistics", "result": "evaluate_perplexity"}
+LATE = {"weights": "quantized_weights", "means": "float_statistics", "result": "window_losses"}
 
 
 @pytest.mark.parametrize("moment", ["before the sweep", *LATE])
@@ -222,7 +222,7 @@ def test_read_only_results(shared: Path, disk: Disk, capsys: pytest.CaptureFixtu
 SMALL_MACHINE = """
 import resource, sys, torch
 from experiments import language, run
-evaluate, each, spare = language.evaluate_perplexity, 2**28, int(sys.argv.pop(1))
+evaluate, each, spare = language.window_losses, 2**28, int(sys.argv.pop(1))
 def hungry(model, windows, engine):
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
@@ -232,7 +232,7 @@ def hungry(model, windows, engine):
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
     return evaluate(model, windows, engine)
-language.evaluate_perplexity = hungry
+language.window_losses = hungry
 sys.exit(run.main())
 """
 
@@ -265,14 +265,14 @@ def test_out_of_memory_with_single_samples_fails_with_advice(workspace: Workspac
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_out_of_memory_on_a_gpu(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = language.evaluate_perplexity
+    original = language.window_losses
 
     def hungry(model: Any, windows: Any, engine: Any) -> float:
         free, _ = torch.cuda.mem_get_info()
         torch.empty(engine.batch_size * free // 3, dtype=torch.uint8, device=engine.device)
         return original(model, windows, engine)
 
-    monkeypatch.setattr(language, "evaluate_perplexity", hungry)
+    monkeypatch.setattr(language, "window_losses", hungry)
     overrides = [a for a in workspace.arguments("llama", *RTN) if not a.startswith("engine.device")]
     assert cell_main([*overrides, "engine.device=cuda"]) == 0
     assert read(workspace)["provenance"]["batch_size"] == 2
