@@ -88,7 +88,7 @@ def sites(title: str, frame: pd.DataFrame, errors: dict[str, list[dict[str, Any]
         first = rows[0]
         axes.set_title(f"{first['model']}, {first['method']} {first['bits']}")
     legend(figure, list(grid))
-    figure.suptitle(title)
+    figure.suptitle(title, wrap=True)
     return figure
 
 

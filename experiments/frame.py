@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
 
+from bc import quantizers
 from bc.settings import Bits
 from experiments.compose import expand
 from experiments.config import FLOAT
@@ -31,7 +33,9 @@ NUMBERS = ("w_bits", "a_bits", "group_size", "calibration_samples", "test_sample
 PLACE = ("experiment", "model", "dataset", "metric", "test_samples")  # what only like may be compared within
 WEIGHTS = ("quantizer", "w_bits", "a_bits", "group_size", "calibration_data")
 KIND = ("bc", "granularity", "scope", "stream", "calibration_samples")
-KINDS = ("off", "channel", "sink", "positional", "paper", "search")  # order in which BC's presets are shown
+WITHOUT_DATA = (*PLACE, "quantizer", "w_bits", "a_bits", "group_size")
+KINDS = ("off", "channel", "sink", "positional", "paper", "shrink", "lowrank", "affine", "linear", "classic", "search")
+# KINDS: the order in which BC's presets are shown; others follow by name
 LOWER_IS_BETTER = ("perplexity",)
 
 
@@ -117,8 +121,8 @@ def settings(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _with_variants(frame: pd.DataFrame) -> pd.DataFrame:
     frame = frame.copy()
-    searched = frame["bc"].str.startswith("search")
-    frame.loc[searched, "scope"] = "search"  # the scope that was found may differ from seed to seed
+    searched = frame["bc"].str.match("search|auto")
+    frame.loc[searched, ["granularity", "scope", "stream"]] = "searched"  # what was found may differ by seed
     same = frame.groupby([*PLACE, *WEIGHTS, *KIND, "seed"], dropna=False)["cell"].transform("nunique")
     frame["variant"] = [cell[:8] if n > 1 else "" for cell, n in zip(frame["cell"], same, strict=True)]
     return frame
@@ -158,7 +162,8 @@ def pairs(frame: pd.DataFrame) -> pd.DataFrame:
     plain, with_bc = frame[frame["bc"] == "off"], frame[frame["bc"] != "off"]
     joined = with_bc.merge(_twins(plain, [*keys, "calibration_samples"], "exact"), how="left")
     joined = joined.merge(_twins(plain, keys, "alike"), how="left")
-    joined["without"] = joined["exact"].fillna(joined["alike"])
+    joined = joined.merge(_twins(plain[~plain["quantizer"].map(uses_data)], WITHOUT_DATA, "any_seed"), how="left")
+    joined["without"] = joined["exact"].fillna(joined["alike"]).fillna(joined["any_seed"])
     joined = joined.dropna(subset="without").reset_index(drop=True)
     joined["gain"] = [
         gain(metric, without, value)
@@ -167,9 +172,16 @@ def pairs(frame: pd.DataFrame) -> pd.DataFrame:
     return joined
 
 
-def _twins(plain: pd.DataFrame, keys: list[str], name: str) -> pd.DataFrame:
+@cache
+def uses_data(quantizer: str) -> bool:
+    """Whether a quantizer's weights depend on calibration samples, and so on their seed."""
+    cls = quantizers.available().get(quantizer)
+    return cls is None or cls.kind != "weight" or cls.needs_hessian or cls.needs_inputs
+
+
+def _twins(plain: pd.DataFrame, keys: Sequence[str], name: str) -> pd.DataFrame:
     """Values of the cells without BC that the keys tell apart."""
-    return plain[[*keys, "value"]].drop_duplicates(keys, keep=False).rename(columns={"value": name})
+    return plain[[*keys, "value"]].drop_duplicates(list(keys), keep=False).rename(columns={"value": name})
 
 
 def gain(metric: str, without: float, value: float) -> float:

@@ -79,7 +79,7 @@ def bars(title: str, frame: pd.DataFrame) -> Figure | None:
         _bar_panel(axes, _of(frame, model=model, dataset=dataset), kinds)
         axes.set_title(f"{model}, {dataset}")
     legend(figure, list(grid))
-    figure.suptitle(title)
+    figure.suptitle(title, wrap=True)
     return figure
 
 
@@ -113,7 +113,7 @@ def _bar_panel(axes: Axes, frame: pd.DataFrame, kinds: Sequence[str]) -> None:
     _float_line(axes, frame)
     metric = str(frame["metric"].iloc[0])
     scale_values(axes, frame["value"].tolist(), metric)
-    axes.set_xticks(range(len(groups)), groups)
+    axes.set_xticks(range(len(groups)), [group.replace(" ", "\n") for group in groups])
     axes.set_ylabel(axis_label(metric))
     axes.margins(y=0.12)
     axes.grid(visible=False, axis="x")
@@ -146,7 +146,7 @@ def bits(title: str, frame: pd.DataFrame) -> Figure | None:
     for axes in grid[-1]:
         axes.set_xlabel("bits")
     legend(figure, [axes for line in grid for axes in line])
-    figure.suptitle(title)
+    figure.suptitle(title, wrap=True)
     return figure
 
 
@@ -192,7 +192,7 @@ def pareto(title: str, frame: pd.DataFrame) -> Figure | None:
     for axes in grid[len(places) :]:
         axes.remove()
     _pareto_legend(figure, kinds, shapes)
-    figure.suptitle(title)
+    figure.suptitle(title, wrap=True)
     return figure
 
 
@@ -211,12 +211,13 @@ def _pareto_panel(axes: Axes, frame: pd.DataFrame, kinds: Sequence[str], shapes:
     metric = str(frame["metric"].iloc[0])
     scale_values(axes, frame["value"].tolist(), metric)
     low, high = quantized["bits_per_weight"].min(), quantized["bits_per_weight"].max()
-    axes.set_xscale("log")
-    axes.set_xlim(low / 1.12, high * 1.12)
-    ticks = [b for b in (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64) if low / 1.12 <= b <= high * 1.12]
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda b, _: f"{b:g}"))
+    if high > 2 * low:
+        axes.set_xscale("log")
+        axes.set_xlim(low / 1.12, high * 1.12)
+        ticks = [b for b in (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64) if low / 1.12 <= b <= high * 1.12]
+        axes.xaxis.set_major_locator(FixedLocator(ticks))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda b, _: f"{b:g}"))
     axes.set_xlabel("stored bits per weight, biases and scales included")
     axes.set_ylabel(axis_label(metric))
 
@@ -260,7 +261,7 @@ def samples(title: str, frame: pd.DataFrame) -> Figure | None:
         _samples_panel(axes, _of(with_bc, **place), plain)
         axes.set_title(f"{model}, {dataset}, {method} {label}")
     legend(figure, list(grid))
-    figure.suptitle(title)
+    figure.suptitle(title, wrap=True)
     return figure
 
 

@@ -51,10 +51,16 @@ def test_cells_that_the_columns_do_not_tell_apart_are_not_averaged() -> None:
 
 
 def test_pairs_have_the_same_weights_and_seed() -> None:
-    rows = [row(value=20.0), row(value=30.0, seed=1)]
-    rows += [row(value=10.0, bc="sink"), row(value=33.0, bc="sink", seed=1), row(value=1.0, bc="sink", seed=2)]
+    gptq = {"quantizer": "gptq"}
+    rows = [row(**gptq, value=20.0), row(**gptq, value=30.0, seed=1)]
+    rows += [row(**gptq, value=v, bc="sink", seed=s) for s, v in enumerate((10.0, 33.0, 1.0))]
     found = frame.pairs(frame.frame_of(rows))
     assert found["gain"].tolist() == pytest.approx([50.0, -10.0])
+
+
+def test_weights_that_need_no_data_are_the_same_at_every_seed() -> None:
+    rows = [row(value=20.0), row(value=10.0, bc="sink", seed=1), row(value=5.0, bc="sink", seed=2)]
+    assert frame.pairs(frame.frame_of(rows))["gain"].tolist() == pytest.approx([50.0, 75.0])
 
 
 def test_pairs_prefer_the_twin_with_as_many_samples() -> None:
