@@ -14,7 +14,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 LAUNCH = $(if $(LAUNCHER),hydra/launcher=$(LAUNCHER))
 
-.PHONY: help setup data demo test lint audit format sweep status tables figures report wandb-sync clean
+.PHONY: help setup data demo test lint audit format sweep status tables figures report notebooks wandb-sync clean
 .PHONY: reproduce-table1 reproduce-table2 reproduce-table3 reproduce-table4
 
 help: ## list the verbs
@@ -76,6 +76,9 @@ figures: setup ## draw every experiment that cells.csv has rows of, as PNG and S
 
 report: figures ## write results/report/index.html, one file that needs no network
 	@$(RUN) -m experiments.report
+
+notebooks: setup ## execute the notebooks on the committed results and keep their outputs
+	$(RUN) -m pytest --nbmake --overwrite notebooks
 
 reproduce-table1: ## run Table 1 (vision) and rebuild it; SUITE=embedded needs no ImageNet
 ifeq ($(SUITE),embedded)

@@ -7,6 +7,7 @@ every figure.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -148,3 +149,11 @@ def save(figure: Figure, stem: Path) -> list[Path]:
         for path in paths:
             figure.savefig(path, dpi=DPI, metadata={"Date": None} if path.suffix == ".svg" else None)
     return paths
+
+
+def png(figure: Figure, dpi: int = 80) -> bytes:
+    """A figure as PNG, small enough for a notebook."""
+    stream = io.BytesIO()
+    with styled():
+        figure.savefig(stream, format="png", dpi=dpi)
+    return stream.getvalue()
