@@ -45,10 +45,8 @@ def _published_panel(axes: Axes, frame: pd.DataFrame, metric: str) -> None:
     axes.plot([low, high], [low, high], color="black", linewidth=0.8, label="equal")
     for kind in kinds:
         shown = frame[(frame["bc"] == kind) & ~frame["is_float"]]
-        style: dict[str, Any] = {"color": look[kind].colour, "marker": look[kind].marker, "linestyle": "none"}
-        axes.errorbar(
-            shown["published"], shown["value"], yerr=shown["deviation"].fillna(0), label=kind_label(kind), **style
-        )
+        error = shown["deviation"].fillna(0)
+        axes.errorbar(shown["published"], shown["value"], yerr=error, label=kind_label(kind), **look[kind].points)
     plain = frame[frame["is_float"]]
     axes.plot(plain["published"], plain["value"], "x", color="black", label="float model")
     if metric in LOWER_IS_BETTER and high > 5 * low:
@@ -130,8 +128,7 @@ def site_panel(axes: Axes, kinds: dict[str, list[dict[str, Any]]], part: str = "
             axes.plot(before, color=looks(["off"])["off"].colour, label=kind_label("off"), drawstyle="steps-mid")
         places = [names.index(str(r["site"])) for r in layers if r["site"] in names]
         after = [r[f"{part}_relative_after"] for r in layers if r["site"] in names]
-        style: dict[str, Any] = {"color": look[kind].colour, "marker": look[kind].marker}
-        axes.plot(places, after, linestyle="none", markersize=3, label=kind_label(kind), **style)
+        axes.plot(places, after, markersize=3, label=kind_label(kind), **look[kind].points)
     axes.set_yscale("log")
     for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.6)))

@@ -31,9 +31,9 @@ FACTS = ("bits_per_weight", "bias_parameters", "error_before", "error_after")
 COSTS = ("seconds_quantize", "seconds_bc", "seconds_evaluate", "peak_memory_mb")
 NUMBERS = ("w_bits", "a_bits", "group_size", "calibration_samples", "test_samples", "seed", "value", *FACTS, *COSTS)
 PLACE = ("experiment", "model", "dataset", "metric", "test_samples")  # what only like may be compared within
-WEIGHTS = ("quantizer", "w_bits", "a_bits", "group_size", "calibration_data")
+WEIGHTS = ("quantizer", "options", "w_bits", "a_bits", "group_size", "calibration_data")
 KIND = ("bc", "granularity", "scope", "stream", "calibration_samples")
-WITHOUT_DATA = (*PLACE, "quantizer", "w_bits", "a_bits", "group_size")
+WITHOUT_DATA = (*PLACE, "quantizer", "options", "w_bits", "a_bits", "group_size")
 KINDS = ("off", "channel", "sink", "positional", "paper", "shrink", "lowrank", "affine", "linear", "classic", "search")
 # KINDS: the order in which BC's presets are shown; others follow by name
 LOWER_IS_BETTER = ("perplexity",)

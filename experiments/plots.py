@@ -176,7 +176,7 @@ def _bits_panel(axes: Axes, frame: pd.DataFrame, ticks: list[str], kinds: Sequen
 
 def pareto(title: str, frame: pd.DataFrame) -> Figure | None:
     """Quality against everything that is stored, biases included; the line joins the settings that none dominates."""
-    frame = frame[frame["metric"].isin(SHOWN)].dropna(subset="bits_per_weight")
+    frame = frame[frame["metric"].isin(SHOWN) & (frame["variant"] == "")].dropna(subset="bits_per_weight")
     quantized = frame[~frame["is_float"]]
     if quantized["bits_per_weight"].nunique() < 2:
         return None
@@ -202,9 +202,8 @@ def _pareto_panel(axes: Axes, frame: pd.DataFrame, kinds: Sequence[str], shapes:
     look = looks(kinds)
     quantized = frame[~frame["is_float"]]
     for row in records(quantized):
-        style: dict[str, Any] = {"color": look[row.bc].colour, "marker": shapes[row.method], "linestyle": "none"}
-        hollow: dict[str, Any] = {"markerfacecolor": "white"} if row.bc == "off" else {}
-        axes.plot(row.bits_per_weight, row.value, alpha=0.9, zorder=3, **style, **hollow)
+        style = look[row.bc].points | ({"marker": shapes[row.method]} if len(shapes) > 1 else {})
+        axes.plot(row.bits_per_weight, row.value, alpha=0.9, zorder=3, **style)
     front = frontier(quantized)
     axes.step(front["bits_per_weight"], front["value"], where="post", color="black", linewidth=0.9, zorder=2)
     _float_line(axes, frame)
@@ -227,8 +226,12 @@ def _pareto_legend(figure: Figure, kinds: Sequence[str], shapes: dict[str, str])
     from matplotlib.patches import Patch
 
     look = looks(kinds)
-    entries: list[Any] = [Patch(color=look[kind].colour, label=kind_label(kind)) for kind in kinds]
-    entries += [Line2D([], [], color="#555555", marker=s, linestyle="none", label=n) for n, s in shapes.items()]
+    entries: list[Any] = []
+    if len(shapes) > 1:
+        entries += [Patch(color=look[kind].colour, label=kind_label(kind)) for kind in kinds]
+        entries += [Line2D([], [], color="#555555", marker=s, linestyle="none", label=n) for n, s in shapes.items()]
+    else:
+        entries += [Line2D([], [], label=kind_label(kind), **look[kind].points) for kind in kinds]
     entries += [Line2D([], [], color="black", linewidth=0.9, label="not dominated")]
     entries += [Line2D([], [], color="black", linestyle=(0, (4, 2)), linewidth=0.9, label="float model")]
     legend_of(figure, entries, [str(entry.get_label()) for entry in entries])

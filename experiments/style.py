@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,16 +50,23 @@ SETTINGS: Any = {  # of matplotlib
 
 @dataclass(frozen=True)
 class Look:
-    """How a kind of Bias Compensation is drawn."""
+    """How a kind of Bias Compensation is drawn; markers of variants of a preset are hollow."""
 
     colour: str
     marker: str
     line: str
     hatch: str
+    hollow: bool = False
+
+    @property
+    def points(self) -> dict[str, Any]:
+        """Arguments of matplotlib for markers without a line."""
+        fill = {"markerfacecolor": "white"} if self.hollow else {}
+        return {"color": self.colour, "marker": self.marker, "linestyle": "none", **fill}
 
 
 LOOKS = {
-    PLAIN: Look("#777777", "o", "-", ""),
+    PLAIN: Look("#777777", "o", "-", "", hollow=True),
     "channel": Look("#E69F00", "s", "--", "//"),
     "sink": Look("#0072B2", "^", "-", ""),
     "positional": Look("#009E73", "D", "-.", "\\\\"),
@@ -75,9 +82,17 @@ OTHERS = (Look("#AA4499", "h", "--", "/"), Look("#117733", "d", ":", "\\"), Look
 
 
 def looks(kinds: Sequence[str]) -> dict[str, Look]:
-    """The look of every kind: its own, or for one that is not a preset the next that is free."""
-    strange = [kind for kind in kinds if kind not in LOOKS]
-    return {kind: LOOKS[kind] if kind in LOOKS else OTHERS[strange.index(kind) % len(OTHERS)] for kind in kinds}
+    """The look of every kind: its own; its preset's, hollow, for a variant (``sink-layer-quantized``); or another."""
+    found, free = {}, list(OTHERS)
+    for kind in kinds:
+        base = kind.partition("-")[0]
+        if kind in LOOKS:
+            found[kind] = LOOKS[kind]
+        elif base in LOOKS:
+            found[kind] = replace(LOOKS[base], line=":", hatch=LOOKS[base].hatch + "///", hollow=True)
+        else:
+            found[kind] = free.pop(0) if len(free) > 1 else free[0]
+    return found
 
 
 def kind_label(kind: str) -> str:
@@ -136,6 +151,8 @@ def legend_of(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> 
         return
     inches = 0.55 + 0.065 * max(len(label) for label in labels)
     columns = max(1, min(len(labels), int(figure.get_figwidth() / inches)))
+    rows = -(-len(labels) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.17 * max(0, rows - 2))  # the panels keep their height
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=2.2)
 
 
