@@ -74,7 +74,8 @@ wandb-sync: setup ## upload to Weights & Biases what cells wrote offline (after 
 figures: setup ## draw every experiment that cells.csv has rows of, as PNG and SVG
 	@$(RUN) -m experiments.figures
 
-report: figures ## write results/report/index.html, one file that needs no network
+report: figures ## write results/report/index.html, one file that needs no network, and results/costs.md
+	@$(RUN) -m experiments.costs
 	@$(RUN) -m experiments.report
 
 notebooks: setup ## execute the notebooks on the committed results and keep their outputs
