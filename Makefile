@@ -80,6 +80,7 @@ report: figures ## write results/report/index.html, one file that needs no netwo
 
 notebooks: setup ## execute the notebooks on the committed results and keep their outputs
 	$(RUN) -m pytest --nbmake --overwrite notebooks
+	@$(RUN) -m experiments.notebooks
 
 reproduce-table1: ## run Table 1 (vision) and rebuild it; SUITE=embedded needs no ImageNet
 ifeq ($(SUITE),embedded)

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from experiments.notebooks import tidied
+
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 LARGEST = 1_000_000  # bytes
 
@@ -33,6 +35,12 @@ def test_outputs_are_kept_and_clean(path: Path) -> None:
     text = re.sub(r'"image/png": "[^"]*"', "", path.read_text("utf8"))
     assert not re.search(r"(?<![\w./:}])/(?:home|root|tmp|work|usr|opt|Users)/", text)
     assert path.stat().st_size < LARGEST
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_nothing_in_it_differs_from_run_to_run(path: Path) -> None:
+    notebook = json.loads(path.read_text("utf8"))
+    assert notebook == tidied(json.loads(path.read_text("utf8"))), "run make notebooks"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
