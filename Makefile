@@ -14,7 +14,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 LAUNCH = $(if $(LAUNCHER),hydra/launcher=$(LAUNCHER))
 
-.PHONY: help setup data demo test lint audit format sweep status tables wandb-sync clean
+.PHONY: help setup data demo test lint audit format sweep status tables figures report notebooks wandb-sync clean
 .PHONY: reproduce-table1 reproduce-table2 reproduce-table3 reproduce-table4
 
 help: ## list the verbs
@@ -70,6 +70,17 @@ tables: setup ## rebuild results/cells.csv and EXPERIMENT's table
 
 wandb-sync: setup ## upload to Weights & Biases what cells wrote offline (after `wandb login`)
 	$(RUN) -m experiments.wandb_sync
+
+figures: setup ## draw every experiment that cells.csv has rows of, as PNG and SVG
+	@$(RUN) -m experiments.figures
+
+report: figures ## write results/report/index.html, one file that needs no network, and results/costs.md
+	@$(RUN) -m experiments.costs
+	@$(RUN) -m experiments.report
+
+notebooks: setup ## execute the notebooks on the committed results and keep their outputs
+	$(RUN) -m pytest --nbmake --overwrite notebooks
+	@$(RUN) -m experiments.notebooks
 
 reproduce-table1: ## run Table 1 (vision) and rebuild it; SUITE=embedded needs no ImageNet
 ifeq ($(SUITE),embedded)

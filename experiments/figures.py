@@ -1,130 +1,97 @@
-"""Draw an experiment's results from cells.csv: ``python -m experiments.figures demo [--results DIR]``.
+"""Draw results from cells.csv: ``python -m experiments.figures [EXPERIMENT …] [--results DIR]``.
 
-A panel a model and test set, a group of bars a setting, a bar a kind of Bias Compensation, a line for the float model.
+Without a name, every experiment that has rows is drawn. An experiment gets those of these figures that it has the rows
+for, each as PNG and SVG under ``results/figures``:
+
+====================  ==================================================================
+``NAME``              every value as a bar with its number, where there are few enough
+``NAME_bits``         the metric against bit width, with and without BC
+``NAME_pareto``       quality against stored bits per weight, biases included
+``NAME_samples``      the metric against the samples that biases are fitted on
+``NAME_published``    published values against ours
+``NAME_sites``        output error of every site, where ``results/cells`` holds it
+====================  ==================================================================
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from bc.errors import UserError
+import pandas as pd
+
+from bc.errors import UserError, unknown
+from experiments import comparisons, frame, plots
 from experiments.disk import one_line_disk_errors
-from experiments.identity import bc_name
-from experiments.published import method_name
-from experiments.tables import Line, stored_lines
+from experiments.style import save, styled
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart with any colour vision; hatches for prints without colour
-COLOURS = ("#999999", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00")
-HATCHES = ("", "//", "", "\\\\", "..", "", "xx")
-FORMATS = ("png", "svg")
-LOG_ABOVE = 5.0  # largest over smallest value from which the axis is logarithmic
-PANEL = (6.4, 3.6)  # inches, at least
-BAR = 0.34  # inches a bar: room for its number
-DPI = 150
+NOTHING = "figures: cells.csv has no value of {}; run it, then python -m experiments.tables"
 
 
-def draw(title: str, lines: Sequence[Line]) -> Figure:
-    """The figure of an experiment.
+def drawn(
+    experiment: frame.Experiment, settings: pd.DataFrame, sites: dict[str, list[dict[str, Any]]]
+) -> Iterator[tuple[str, Figure]]:
+    """Every figure of an experiment that there are rows for, with the ending of its name."""
+    title = experiment.title
+    beside = frame.with_published(settings, [experiment])
+    figures = {
+        "": plots.bars(title, settings),
+        "_bits": plots.bits(title, settings),
+        "_pareto": plots.pareto(title, settings),
+        "_samples": plots.samples(title, settings),
+        "_published": comparisons.published(title, beside),
+        "_sites": comparisons.sites(title, settings, sites),
+    }
+    yield from ((ending, figure) for ending, figure in figures.items() if figure is not None)
+
+
+def draw_all(names: Sequence[str], results: Path) -> Iterator[str]:
+    """Draw experiments; yields a line for every file, and one for every experiment without rows.
 
     Raises:
-        UserError: There is no value to draw.
+        UserError: A name is unknown, or cells.csv has nothing of any experiment that was named.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    known = [line for line in lines if line.mean is not None]
-    if not known:
-        raise UserError("figures: cells.csv has no value of this experiment; run it, then python -m experiments.tables")
-    panels = list(dict.fromkeys((line.cell.model.name, line.dataset) for line in known))
-    kinds = list(dict.fromkeys(bc_name(line.cell) for line in known if not line.cell.is_float))
-    bars = len({_setting(line) for line in known if not line.cell.is_float}) * (len(kinds) + 1)
-    size = (max(PANEL[0], BAR * bars), PANEL[1] * len(panels))
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
-        draw_panel(axes, [line for line in known if (line.cell.model.name, line.dataset) == panel], kinds)
-        axes.set_title(", ".join(panel))
-    figure.suptitle(title, wrap=True)
-    return figure
-
-
-def draw_panel(axes: Axes, lines: Sequence[Line], kinds: Sequence[str]) -> None:
-    """One model and test set: bars of every setting and kind of BC."""
-    from matplotlib.ticker import LogFormatter
-
-    bars = [line for line in lines if not line.cell.is_float]
-    settings = list(dict.fromkeys(_setting(line) for line in bars))
-    width = 0.8 / max(len(kinds), 1)
-    for number, kind in enumerate(kinds):
-        shown = [line for line in bars if bc_name(line.cell) == kind]
-        places = [settings.index(_setting(line)) + (number - (len(kinds) - 1) / 2) * width for line in shown]
-        drawn = axes.bar(
-            places,
-            [line.mean or 0.0 for line in shown],
-            width,
-            yerr=[line.deviation or 0.0 for line in shown] if any(line.deviation for line in shown) else None,
-            label="no BC" if kind == "off" else f"BC {kind}",
-            color=COLOURS[number % len(COLOURS)],
-            hatch=HATCHES[number % len(HATCHES)],
-            edgecolor="black",
-            linewidth=0.5,
-        )
-        axes.bar_label(drawn, fmt="%.3g", fontsize=7, padding=1)
-    for line in lines:
-        if line.cell.is_float and line.mean is not None:
-            axes.axhline(line.mean, color="black", linestyle="--", linewidth=1, label=f"float ({line.mean:.2f})")
-    values = [line.mean for line in lines if line.mean is not None]
-    perplexity = lines[0].cell.metric == "perplexity"
-    if perplexity and max(values) > LOG_ABOVE * min(values):
-        axes.set_yscale("log")
-        for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 1)))
-    axes.set_xticks(range(len(settings)), [setting.replace(" ", "\n") for setting in settings])
-    axes.set_ylabel("perplexity (lower is better)" if perplexity else "top-1 in % (higher is better)")
-    axes.margins(y=0.1)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-
-
-def _setting(line: Line) -> str:
-    return f"{method_name(line.cell.quantizer)} {line.cell.bits.label}"
+    known = {experiment.name: experiment for experiment in frame.experiments()}
+    for name in names:
+        if name not in known:
+            raise unknown("experiment", name, known)
+    settings = frame.settings(frame.load(results))
+    sites = comparisons.read_sites(results)
+    if not set(names or known) & set(settings["experiment"]):
+        raise UserError(NOTHING.format(names[0] if names else "any experiment"))
+    for name in names or known:
+        mine = settings[settings["experiment"] == name]
+        if mine.empty:
+            yield f"{name}: no rows in cells.csv; nothing drawn"
+            continue
+        with styled():
+            for ending, figure in drawn(known[name], mine, sites):
+                yield from map(str, save(figure, results / "figures" / f"{name}{ending}"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.figures", description="Draw an experiment's results.")
-    parser.add_argument("experiment", help="name of a file in conf/experiment")
-    parser.add_argument("overrides", nargs="*", help="overrides that the experiment was run with")
+    parser = argparse.ArgumentParser(prog="python -m experiments.figures", description="Draw results from cells.csv.")
+    parser.add_argument(
+        "experiments", nargs="*", help="names of files in conf/experiment; all that have rows if absent"
+    )
     parser.add_argument("--results", type=Path, default=Path("results"), help="results directory (default: results)")
     options = parser.parse_intermixed_args(arguments)
+    names = [name for name in options.experiments if "=" not in name]  # `make demo ARGS=…` hands overrides on
     try:
-        figure = draw(*stored_lines(options.experiment, options.overrides, options.results))
         with one_line_disk_errors("--results"):
-            for path in save(figure, options.results / "figures" / options.experiment):
-                print(path)
+            for line in draw_all(names, options.results):
+                print(line)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write a figure in all formats; the same figure gives the same bytes."""
-    from matplotlib import rc_context
-
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_suffix(f".{ending}") for ending in FORMATS]
-    with rc_context({"svg.hashsalt": stem.name}):
-        for path in paths:
-            figure.savefig(path, dpi=DPI, metadata={"Date": None} if path.suffix == ".svg" else None)
-    return paths
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from bc import models, vision
 from bc.errors import UserError
-from experiments.config import CellConfig
+from bc.settings import Bits
+from experiments.config import FLOAT, CellConfig
 from experiments.identity import bc_name
 
 # how the paper's tables print what we call otherwise
@@ -69,36 +70,40 @@ class PublishedTable:
 
     def find(self, cell: CellConfig, dataset: str, metric: str) -> Published | None:
         """The printed value that a cell reproduces, if there is one."""
-        label = bc_name(cell)
-        if label not in ("off", "paper"):
+        return self.look_up(cell.model.name, cell.quantizer, cell.bits, bc_name(cell), dataset, metric)
+
+    def look_up(self, model: str, quantizer: str, bits: Bits, bc: str, dataset: str, metric: str) -> Published | None:
+        """The printed value of a setting, given by the names that cells.csv uses."""
+        if bc not in ("off", "paper"):
             return None
-        key = _vision_key(cell) if cell.domain == "images" else _language_key(cell, dataset)
+        vision_model = model in vision.catalogue()
+        key = _vision_key(model, quantizer, bits) if vision_model else _language_key(model, quantizer, bits, dataset)
         if key is None:
             return None
-        for method in METHODS.get(cell.quantizer, ()):
-            name = method + (WITH_BC if label == "paper" else "")
+        for method in METHODS.get(quantizer, ()):
+            name = method + (WITH_BC if bc == "paper" else "")
             if (name, *key, METRICS[metric]) in self._values:
                 return self._values[name, *key, METRICS[metric]]
         return None
 
 
-def _language_key(cell: CellConfig, dataset: str) -> tuple[str, ...] | None:
+def _language_key(model: str, quantizer: str, bits: Bits, dataset: str) -> tuple[str, ...] | None:
     """Bits, group, model and data set as the tables of language models have them."""
-    source = models.catalogue().get(cell.model.name)
+    source = models.catalogue().get(model)
     if source is None:
         return None
-    grouped = not cell.is_float and cell.quantizer not in BITS
-    group, bits = str(cell.bits.group_size) if grouped else "", BITS.get(cell.quantizer, str(cell.bits.weight))
-    model = MODELS.get(source.repo, source.repo)
-    if model in MODELS.values():  # the paper's LLaMA rows agree with the new protocols, under the old names
+    grouped = quantizer != FLOAT and quantizer not in BITS
+    group, weight = str(bits.group_size) if grouped else "", BITS.get(quantizer, str(bits.weight))
+    label = MODELS.get(source.repo, source.repo)
+    if label in MODELS.values():  # the paper's LLaMA rows agree with the new protocols, under the old names
         dataset = dataset.removesuffix("_new")
-    return bits, "16", group, model, dataset
+    return weight, "16", group, label, dataset
 
 
-def _vision_key(cell: CellConfig) -> tuple[str, ...] | None:
+def _vision_key(model: str, quantizer: str, bits: Bits) -> tuple[str, ...] | None:
     """Bits, group, model and data set as the table of vision models has them."""
-    source = vision.catalogue().get(cell.model.name)
+    source = vision.catalogue().get(model)
     if source is None or not source.label:
         return None
-    weight, activation = ("32", "32") if cell.is_float else (str(cell.bits.weight), str(cell.bits.activation))
+    weight, activation = ("32", "32") if quantizer == FLOAT else (str(bits.weight), str(bits.activation))
     return weight, activation, "", source.timm.partition(".")[0], "imagenet1k_val"

@@ -15,7 +15,7 @@ def table_lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("|")]
 
 
-@pytest.mark.parametrize("name", ["table2_embedded", "table3_embedded", "table4_embedded"])
+@pytest.mark.parametrize("name", ["table2_embedded", "table3_embedded", "table4_embedded", "granularity_vision"])
 def test_the_results_tables_are_the_committed_ones(name: str) -> None:
     shown = re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", (ROOT / "README.md").read_text("utf8"), re.DOTALL)
     assert shown is not None

@@ -1,0 +1,142 @@
+"""Settings, pairs and figures from rows of cells.csv."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from experiments import comparisons, figures, frame, plots, style
+from experiments.records import COLUMNS, Row, read_rows, write_rows
+
+COMMITTED = Path(__file__).parents[2] / "results"
+
+
+def row(**values: Any) -> Row:
+    usual = {"experiment": "demo", "suite": "embedded", "model": "m", "quantizer": "rtn", "w_bits": 4, "a_bits": 16}
+    usual |= {"group_size": -1, "bc": "off", "calibration_data": "d", "calibration_samples": 8, "dataset": "t"}
+    usual |= {"metric": "perplexity", "value": 10.0, "test_samples": 16, "seed": 0, "bits_per_weight": 4.1}
+    merged = usual | values
+    merged.setdefault("cell", "-".join(str(v) for k, v in merged.items() if k not in ("value", "dataset", "metric")))
+    return {name: str(merged.get(name, "")) for name in COLUMNS}
+
+
+def vision_rows(quantizers: int = 7, seeds: int = 3) -> list[Row]:
+    rows = [row(model="v", quantizer="none", w_bits=16, metric="top1", value=90.0, bits_per_weight=32)]
+    names = ["minmax", "base_ptq", "easyquant", "ptq4vit", "apq_vit", "noisyquant", "repq_vit"][:quantizers]
+    for name in names:
+        for bits in (4, 6, 8):
+            for bc in ("off", "paper"):
+                common = {"model": "v", "quantizer": name, "w_bits": bits, "a_bits": bits, "bc": bc, "metric": "top1"}
+                value = 60.0 + 3 * bits + (2 if bc == "paper" else 0)
+                bits_per_weight = bits + (3.0 if bc == "paper" else 0.1)
+                rows += [row(**common, value=value + s, seed=s, bits_per_weight=bits_per_weight) for s in range(seeds)]
+    return rows
+
+
+def test_settings_are_means_over_seeds() -> None:
+    table = frame.settings(frame.frame_of([row(value=10.0), row(value=14.0, seed=1)]))
+    assert len(table) == 1
+    assert table.loc[0, "value"] == 12.0
+    assert table.loc[0, "seeds"] == 2
+    assert table.loc[0, "deviation"] == pytest.approx(8**0.5)
+
+
+def test_cells_that_the_columns_do_not_tell_apart_are_not_averaged() -> None:
+    table = frame.settings(frame.frame_of([row(value=10.0, cell="a" * 64), row(value=14.0, cell="b" * 64)]))
+    assert sorted(table["value"]) == [10.0, 14.0]
+    assert sorted(table["variant"]) == ["a" * 8, "b" * 8]
+
+
+def test_pairs_have_the_same_weights_and_seed() -> None:
+    gptq = {"quantizer": "gptq"}
+    rows = [row(**gptq, value=20.0), row(**gptq, value=30.0, seed=1)]
+    rows += [row(**gptq, value=v, bc="sink", seed=s) for s, v in enumerate((10.0, 33.0, 1.0))]
+    found = frame.pairs(frame.frame_of(rows))
+    assert found["gain"].tolist() == pytest.approx([50.0, -10.0])
+
+
+def test_weights_that_need_no_data_are_the_same_at_every_seed() -> None:
+    rows = [row(value=20.0), row(value=10.0, bc="sink", seed=1), row(value=5.0, bc="sink", seed=2)]
+    assert frame.pairs(frame.frame_of(rows))["gain"].tolist() == pytest.approx([50.0, 75.0])
+
+
+def test_pairs_prefer_the_twin_with_as_many_samples() -> None:
+    rows = [row(value=20.0), row(value=40.0, calibration_samples=16)]
+    rows += [row(value=10.0, bc="sink"), row(value=10.0, bc="sink", calibration_samples=16)]
+    assert frame.pairs(frame.frame_of(rows))["gain"].tolist() == pytest.approx([50.0, 75.0])
+
+
+def test_gain_of_accuracy_is_in_points() -> None:
+    assert frame.gain("top1", 70.0, 72.5) == 2.5
+    assert frame.gain("perplexity", 20.0, 15.0) == 25.0
+
+
+def test_a_figure_for_every_question() -> None:
+    settings = frame.settings(frame.frame_of(vision_rows()))
+    assert plots.bars("t", settings) is None  # too many to be read
+    for draw in (plots.bits, plots.pareto):
+        assert draw("t", settings) is not None
+    assert plots.bars("t", frame.settings(frame.frame_of(vision_rows(quantizers=2)))) is not None
+    assert plots.samples("t", settings) is None
+
+
+def test_samples_figure() -> None:
+    rows = [row(metric="top1", value=60.0)]
+    rows += [row(metric="top1", bc="paper", calibration_samples=n, seed=s, value=n) for n in (8, 16) for s in (0, 1)]
+    assert plots.samples("t", frame.settings(frame.frame_of(rows))) is not None
+    assert plots.bars("t", frame.settings(frame.frame_of(rows))) is None  # bars would lie on one another
+
+
+def test_published_values_beside_ours() -> None:
+    rows = [row(experiment="table2", model="opt_125m", dataset="wikitext2", bc=bc, quantizer="gptq", granularity=g)
+            for bc, g in (("off", ""), ("paper", "positional"), ("sink", "sink"))]  # fmt: skip
+    beside = frame.with_published(frame.settings(frame.frame_of(rows)), frame.experiments())
+    assert beside.set_index("bc")["published"].notna().to_dict() == {"off": True, "paper": True, "sink": False}
+    assert comparisons.published("t", beside) is not None
+    assert comparisons.published("t", beside[beside["bc"] == "sink"]) is None
+
+
+def test_site_figure_shows_the_fewest_bits() -> None:
+    rows = [row(bc=bc, w_bits=w, cell=f"{bc}{w}") for bc in ("off", "sink") for w in (3, 4)]
+    error = {"site": "a", "scope": "layer", "held_out_relative_before": 0.5, "held_out_relative_after": 0.25}
+    errors = {f"{bc}{w}": [error, error | {"site": "b"}] for bc in ("off", "sink") for w in (3, 4)}
+    settings = frame.settings(frame.frame_of(rows))
+    assert [[r["cell"] for r in panel] for panel in comparisons.profiles(settings, errors)] == [["sink3"]]
+    assert comparisons.sites("t", settings, errors) is not None
+    assert comparisons.sites("t", settings, {}) is None
+
+
+def test_frontier() -> None:
+    table = pd.DataFrame({"metric": "perplexity", "bits_per_weight": [3.0, 4.0, 5.0], "value": [30.0, 40.0, 20.0]})
+    assert plots.frontier(table)["bits_per_weight"].tolist() == [3.0, 5.0]
+
+
+def test_every_preset_has_a_look_of_its_own() -> None:
+    looks = style.looks(["off", "sink", "strange", "stranger"])
+    assert len({look.colour for look in looks.values()}) == len({look.marker for look in looks.values()}) == 4
+
+
+def test_all_experiments_are_drawn_or_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(tmp_path / "cells.csv", read_rows(COMMITTED / "cells.csv"))
+    assert figures.main(["--results", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    rows = {r["experiment"] for r in read_rows(COMMITTED / "cells.csv")}
+    for path in (COMMITTED.parent / "conf" / "experiment").glob("*.yaml"):
+        said = f"{path.stem}: no rows in cells.csv; nothing drawn" in out
+        assert said != (path.stem in rows)
+    pictures = list((tmp_path / "figures").iterdir())
+    assert {p.suffix for p in pictures} == {".png", ".svg"}
+    committed = {p.name for p in (COMMITTED / "figures").iterdir()}
+    assert {p.name for p in pictures} <= committed, "run make figures and commit what it draws"
+
+
+def test_the_same_rows_give_the_same_figure(tmp_path: Path) -> None:
+    write_rows(tmp_path / "cells.csv", vision_rows(quantizers=2))
+    path = tmp_path / "figures" / "demo_bits.svg"
+    assert figures.main(["demo", "--results", str(tmp_path)]) == 0
+    first = path.read_bytes()
+    assert figures.main(["demo", "--results", str(tmp_path)]) == 0
+    assert path.read_bytes() == first
