@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from experiments.config import CellConfig
+from experiments.data import ImageData
 from experiments.identity import bc_name, cell_hash, with_seed
 from experiments.published import method_name
 from experiments.records import write_text
@@ -38,6 +40,12 @@ LONG = (
 )
 LATEX_SIGNS = {"±": "$\\pm$", "—": "---", "∞": "$\\infty$"}
 SETTING = ("model", "quantizer", "bits", "BC", "bits/weight", "bias values")
+WORDS = SETTING[:4]  # the others are numbers
+#: Further columns of a setting, shown where an experiment varies them.
+VARIED: dict[str, Callable[[CellConfig], str]] = {
+    "samples": lambda cell: str(fit_samples(cell)) if cell.bc.enabled else "—",
+    "test window": lambda cell: str(getattr(cell.data.evaluation, "window", "")),
+}
 MADE_BY = "Made by `python -m experiments.tables {name}`; not to be edited."
 
 
@@ -68,6 +76,7 @@ def write_table(stem: Path, title: str, lines: Sequence[Line]) -> list[Path]:
 def wide(lines: Sequence[Line]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """One row a setting, the data sets side by side; and which entries are the best of their model and bits."""
     with_published = any(line.published for line in lines)
+    varied = varied_columns(lines)
     best = [id(line) for line in _best(lines)]
     table: dict[str, dict[tuple[str, str], str]] = {}
     bold: dict[str, set[tuple[str, str]]] = {}
@@ -75,6 +84,7 @@ def wide(lines: Sequence[Line]) -> tuple[pd.DataFrame, pd.DataFrame]:
         key = cell_hash(with_seed(line.cell, 0))
         row = table.setdefault(key, {})
         if line.rows or not row:  # storage is known as soon as one data set was evaluated
+            row |= {("", name): VARIED[name](line.cell) for name in varied}
             row |= {("", name): text for name, text in zip(SETTING, _setting(line), strict=True)}
         if with_published:
             row[line.heading, "published"] = number(line.published.value) if line.published else "—"
@@ -88,6 +98,18 @@ def wide(lines: Sequence[Line]) -> tuple[pd.DataFrame, pd.DataFrame]:
     frame = pd.DataFrame([[row.get(c, "—") for c in columns] for row in table.values()], columns=index)
     mask = pd.DataFrame([[c in bold.get(key, ()) for c in columns] for key in table], columns=index)
     return frame, mask
+
+
+def varied_columns(lines: Sequence[Line]) -> list[str]:
+    """Names of the further settings in which an experiment's cells differ."""
+    cells = [line.cell for line in lines if not line.cell.is_float]
+    return [name for name, value in VARIED.items() if len({value(cell) for cell in cells if cell.bc.enabled}) > 1]
+
+
+def fit_samples(cell: CellConfig) -> int:
+    """Samples that biases are fitted on."""
+    data = cell.data
+    return data.compensation.samples if isinstance(data, ImageData) else data.calibration.samples
 
 
 def _setting(line: Line) -> tuple[str, ...]:
@@ -113,10 +135,11 @@ def _chosen(line: Line) -> str:
 
 def _best(lines: Sequence[Line]) -> list[Line]:
     """The best value of every model, bits and data set, where there are several to compare."""
-    groups: dict[tuple[str, str, str], list[Line]] = {}
+    groups: dict[tuple[str, ...], list[Line]] = {}
     for line in lines:
         if line.mean is not None and not line.cell.is_float:
-            groups.setdefault((line.cell.model.name, line.cell.bits.label, line.dataset), []).append(line)
+            window = VARIED["test window"](line.cell)
+            groups.setdefault((line.cell.model.name, line.cell.bits.label, line.dataset, window), []).append(line)
     return [min(g, key=_rank) for g in groups.values() if len(g) > 1]
 
 
@@ -161,7 +184,7 @@ def markdown(name: str, title: str, frame: pd.DataFrame, bold: pd.DataFrame, not
     rows = [
         [f"**{v}**" if m else v for v, m in zip(row, mark, strict=True)] for row, mark in zip(rows, marks, strict=True)
     ]
-    align = ["---" if i < len(SETTING) - 2 else "--:" for i in range(len(frame.columns))]
+    align = ["---" if column[-1] in WORDS else "--:" for column in frame.columns]
     body = [headings(frame), align, *rows]
     table = "\n".join("| " + " | ".join(v.replace("|", "\\|") for v in row) + " |" for row in body)
     lines = "".join(f"- {note}\n" for note in notes)
@@ -183,7 +206,7 @@ def latex(name: str, title: str, frame: pd.DataFrame, bold: pd.DataFrame) -> str
     mask = bold.copy()
     mask.columns = plain.columns
     styler = _styled(name, plain, mask, "latex").format_index(escape="latex", axis=1)
-    align = "l" * (len(SETTING) - 2) + "r" * (len(frame.columns) - len(SETTING) + 2)
+    align = "".join("l" if column[-1] in WORDS else "r" for column in frame.columns)
     text = styler.to_latex(hrules=True, convert_css=True, column_format=align, caption=title.replace("%", "\\%"))
     for sign, command in LATEX_SIGNS.items():
         text = text.replace(sign, command)
