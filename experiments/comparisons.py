@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from experiments.frame import LOWER_IS_BETTER, kind_order, records
+from experiments.published import WITH_BC
 from experiments.store import SITES
 from experiments.style import WIDTH, axis_label, kind_label, legend, looks, new_figure
 
@@ -138,3 +139,54 @@ def site_panel(axes: Axes, kinds: dict[str, list[dict[str, Any]]], part: str = "
     else:
         axes.set_xlabel(f"number of the site, in forward order ({len(names)} sites)")
     axes.set_ylabel("squared output error,\nrelative (lower is better)")
+
+
+def printed_gains(published: Path) -> Figure | None:
+    """What the paper prints without and with BC: its vision table at the fewest bits, and language models."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    vision = _printed(published / "table1_vit.csv", "top1")
+    vision = vision[vision["w_bits"] == vision["w_bits"].min()]
+    language = _printed(published / "table2_llm.csv", "ppl")
+    if vision.empty and language.empty:
+        return None
+    figure = new_figure(WIDTH, 0.3 + 0.19 * max(len(vision), len(language), 8))
+    left, right = figure.subplots(1, 2)
+    _printed_panel(left, vision, "top-1 accuracy on ImageNet in % (higher is better)")
+    _printed_panel(right, language, "perplexity (lower is better)")
+    right.set_xscale("log")
+    right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    right.xaxis.set_minor_locator(NullLocator())
+    legend(figure, [left, right])
+    figure.suptitle("As published: the same quantizer without and with Bias Compensation")
+    return figure
+
+
+def _printed(path: Path, metric: str) -> pd.DataFrame:
+    """Printed values with BC beside those of the same method without, named by what differs."""
+    keys = ["w_bits", "a_bits", "group", "model", "dataset"]
+    table = pd.read_csv(path).query("metric == @metric")
+    with_bc = table[table["method"].str.endswith(WITH_BC)].copy()
+    with_bc["method"] = with_bc["method"].str.removesuffix(WITH_BC)
+    both = with_bc.merge(table, on=[*keys, "method"], suffixes=("_bc", ""))
+    several = both["dataset"].nunique() > 1
+    both["name"] = [
+        f"{str(r.model).rpartition('/')[2]}, {r.method} w{r.w_bits:.0f}"
+        + (f"a{r.a_bits:.0f}" if r.a_bits < 16 else "")
+        + (f"g{r.group:.0f}" if r.group > 0 else "")
+        + (f", {r.dataset}" if several else "")
+        for r in records(both)
+    ]
+    return both
+
+
+def _printed_panel(axes: Axes, table: pd.DataFrame, label: str) -> None:
+    places = range(len(table))
+    look = looks(["off", "paper"])
+    axes.hlines(places, table["value"], table["value_bc"], color="#bbbbbb", linewidth=1)
+    for column, kind in (("value", "off"), ("value_bc", "paper")):
+        axes.plot(table[column], places, label=kind_label(kind), **look[kind].points)
+    axes.set_yticks(places, table["name"], fontsize=6)
+    axes.invert_yaxis()
+    axes.set_xlabel(label)

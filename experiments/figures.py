@@ -10,6 +10,7 @@ for, each as PNG and SVG under ``results/figures``:
 ``NAME_samples``      the metric against the samples that biases are fitted on
 ``NAME_published``    published values against ours
 ``NAME_sites``        output error of every site, where ``results/cells`` holds it
+``published``         what the paper prints without and with BC; drawn with all experiments
 ====================  ==================================================================
 """
 
@@ -73,6 +74,10 @@ def draw_all(names: Sequence[str], results: Path) -> Iterator[str]:
         with styled():
             for ending, figure in drawn(known[name], mine, sites):
                 yield from map(str, save(figure, results / "figures" / f"{name}{ending}"))
+    if not names:
+        with styled():
+            if (printed := comparisons.printed_gains(frame.PUBLISHED)) is not None:
+                yield from map(str, save(printed, results / "figures" / "published"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

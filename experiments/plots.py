@@ -91,6 +91,7 @@ def _groups(frame: pd.DataFrame) -> list[str]:
 
 def _bar_panel(axes: Axes, frame: pd.DataFrame, kinds: Sequence[str]) -> None:
     groups, look = _groups(frame), looks(kinds)
+    kinds = [kind for kind in kinds if kind in set(frame.loc[~frame["is_float"], "bc"])]
     width = 0.84 / max(len(kinds), 1)
     for number, kind in enumerate(kinds):
         shown = _of(frame[~frame["is_float"]], bc=kind)

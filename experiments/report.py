@@ -43,6 +43,7 @@ FIGURES = {
     "_published": "published values against ours",
     "_sites": "relative output error of every site before and after, on held-out samples",
 }
+PRINTED = "As published: the same quantizer without and with Bias Compensation"
 SITE_FIELDS = ("site", "scope", "granularity", "bias_parameters", "folded")
 SITE_ERRORS = tuple(
     f"{part}_{error}_{when}"
@@ -83,6 +84,7 @@ def page(rows: pd.DataFrame, results: Path) -> str:
         gains=gain_table(frame.pairs(rows)),
         experiments=[section(e, settings, results) for e in sections(listed, rows)],
         published=[csv_table(path) for path in sorted((results / "published").glob("*.csv"))],
+        printed=drawn(results, "published", PRINTED),
         cells=cell_table(rows),
         details=bool(details),
         style=Markup((ASSETS / "report.css").read_text("utf8")),
@@ -124,13 +126,17 @@ def section(experiment: frame.Experiment, settings: pd.DataFrame, results: Path)
 
 def figures(experiment: frame.Experiment, results: Path) -> list[dict[str, str]]:
     """The drawn figures of an experiment, as data that a page can hold."""
-    found = []
-    for ending, what in FIGURES.items():
-        path = results / "figures" / f"{experiment.name}{ending}.svg"
-        if path.is_file():
-            code = base64.b64encode(path.read_bytes()).decode()
-            found.append({"data": f"data:image/svg+xml;base64,{code}", "text": f"{experiment.title}: {what}"})
-    return found
+    found = (drawn(results, experiment.name + end, f"{experiment.title}: {what}") for end, what in FIGURES.items())
+    return [figure for figure in found if figure is not None]
+
+
+def drawn(results: Path, name: str, text: str) -> dict[str, str] | None:
+    """A drawn figure as data, with its description; None where it was not drawn."""
+    path = results / "figures" / f"{name}.svg"
+    if not path.is_file():
+        return None
+    code = base64.b64encode(path.read_bytes()).decode()
+    return {"data": f"data:image/svg+xml;base64,{code}", "text": text}
 
 
 def cell_pages(rows: pd.DataFrame) -> dict[str, Any]:

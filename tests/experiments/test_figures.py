@@ -98,6 +98,13 @@ def test_published_values_beside_ours() -> None:
     assert comparisons.published("t", beside[beside["bc"] == "sink"]) is None
 
 
+def test_printed_gains() -> None:
+    table = comparisons._printed(ROOT / "results" / "published" / "table1_vit.csv", "top1")
+    row = table[(table["model"] == "vit_base_patch16_384") & (table["w_bits"] == 4)].iloc[0]
+    assert (row["method"], row["value"], row["value_bc"]) == ("PTQ4ViT", 31.40, 68.29)
+    assert comparisons.printed_gains(ROOT / "results" / "published") is not None
+
+
 def test_site_figure_shows_the_fewest_bits() -> None:
     rows = [row(bc=bc, w_bits=w, cell=f"{bc}{w}") for bc in ("off", "sink") for w in (3, 4)]
     error = {"site": "a", "scope": "layer", "held_out_relative_before": 0.5, "held_out_relative_after": 0.25}
