@@ -148,12 +148,12 @@ def test_no_secret_in_results_and_logs(workspace: Workspace) -> None:
     code = (
         "import os, sys\n"
         "from experiments import language, run\n"
-        "original = language.evaluate_perplexity\n"
+        "original = language.window_losses\n"
         "def evaluate(*arguments):\n"
         "    if 'bits=w4' in ' '.join(sys.argv):\n"
         "        raise OSError('401 for https://me:secret5ec2e7@hub/x with ' + ' '.join(os.environ.values()))\n"
         "    return original(*arguments)\n"
-        "language.evaluate_perplexity = evaluate\n"
+        "language.window_losses = evaluate\n"
         "sys.exit(run.main())\n"
     )
     environment = {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"} | SECRETS

@@ -74,7 +74,7 @@ def test_a_cell_that_ran_again_is_one_run(workspace: Workspace, monkeypatch: pyt
         def fail() -> None:
             with monkeypatch.context() as patch:
                 patch.setattr(
-                    language, "evaluate_perplexity", lambda *_: (_ for _ in ()).throw(QuantizationError("no"))
+                    language, "window_losses", lambda *_: (_ for _ in ()).throw(QuantizationError("no"))
                 )
                 assert workspace.run(*CELL) == 1
 
