@@ -73,9 +73,7 @@ def test_a_cell_that_ran_again_is_one_run(workspace: Workspace, monkeypatch: pyt
 
         def fail() -> None:
             with monkeypatch.context() as patch:
-                patch.setattr(
-                    language, "window_losses", lambda *_: (_ for _ in ()).throw(QuantizationError("no"))
-                )
+                patch.setattr(language, "window_losses", lambda *_: (_ for _ in ()).throw(QuantizationError("no")))
                 assert workspace.run(*CELL) == 1
 
         fail()
