@@ -164,14 +164,9 @@ class Fit:
         asked = self.chain.sink_positions(unit, s.sink_positions or find_sinks(sums[0])) if layout != "image" else 0
         if s.granularity not in REGULARISED:
             return rows(*(part.mean(s.granularity, asked) for part in sums))
-        first, *others = sums
-        both = first.estimates() if not others else None
-        if both is not None:
-            estimates = Estimates(rows(both.whole), rows(both.first), rows(both.second), both.counts)
-        else:
-            parts = [part.estimates() for part in sums]
-            tables = [rows(*(getattr(e, name) for e in parts)) for name in ("whole", "first", "second")]
-            estimates = Estimates(tables[0], tables[1], tables[2], parts[0].counts)
+        parts = [part.estimates() for part in sums]
+        tables = [rows(*(getattr(e, name) for e in parts)) for name in ("whole", "first", "second")]
+        estimates = Estimates(tables[0], tables[1], tables[2], parts[0].counts)
         if s.granularity == "shrink":
             return shrink(estimates, asked)
         weights = weights or unit.mean_weights

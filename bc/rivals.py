@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from bc.affine import ChannelMoments, fold_affine
 from bc.calibration import Stream
 from bc.compensation import linear_bias
-from bc.errors import UserError
 from bc.linear_map import RidgeSums, attach_map, explained
 from bc.parts import Captured, find, run_captured, run_fed
 from bc.sites import WHOLE, Region, Site, Unit
@@ -103,13 +101,3 @@ def fit_classic(fit: Fit, unit: Unit, source: nn.Module) -> None:
             quantized: Any = site.module.weight
             bias = linear_bias(weight, quantized, norm.bias.detach()[None].to(weight.device))
             fit.attach(site.name, site.module, bias)
-
-
-def require_norms(sites: list[Site]) -> None:
-    """Refuse data-free bias correction where it would do nothing.
-
-    Raises:
-        UserError: No Linear follows a LayerNorm that has a bias.
-    """
-    if not any(site.norm is not None and torch.is_tensor(site.norm.bias) for site in sites):
-        raise UserError("bc.method: classic needs Linears behind a LayerNorm with a bias, and the model has none")
