@@ -23,8 +23,11 @@ def one_line_disk_errors(where: str = "results_dir") -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if (known := disk_error(error, where)) is None:
+    except (OSError, ValueError) as error:
+        # a log file that cannot be opened reaches us as the cause of logging's own ValueError
+        cause = error if isinstance(error, OSError) else error.__cause__
+        known = disk_error(cause, where) if isinstance(cause, OSError) else None
+        if known is None:
             raise
         raise known from error
 
