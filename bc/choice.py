@@ -24,6 +24,7 @@ from bc.quantizers.base import SiteResult
 from bc.settings import AUTO, Compensation, presets
 from bc.statistics import PositionSums
 
+TABLES = ("positional", "shrink")  # of the window's length: the only ones that a small budget rules out beforehand
 SEARCHED = ("layer", "attention", "mlp", "block", "model")
 
 
@@ -86,15 +87,31 @@ def choose(
 
     Returns:
         The best settings (the earlier where two are equal; with ``auto`` among those whose bits per weight are at most
-        ``budget`` above no compensation), and all trials.
+        ``budget`` above no compensation), and all trials. With ``auto``, tables of the window's length that are beyond
+        the budget are not tried.
     """
-    trials: list[Trial] = []
-    for candidate in track(candidates(settings, vision=is_vision(model)), "choice of a setting", unit="setting"):
+
+    def tried(candidate: Compensation) -> Trial:
         twin = copy.deepcopy(model)
         report = compensate(twin, quantized, candidate, samples, engine, means=means)
-        trials.append(Trial(candidate, score(twin), report.bits_per_weight))
-        del twin
-    allowed = trials
+        return Trial(candidate, score(twin), report.bits_per_weight)
+
+    def size(candidate: Compensation) -> float:
+        """Bits per weight, which do not depend on how many samples are fitted."""
+        return compensate(copy.deepcopy(model), quantized, candidate, samples[:1], engine).bits_per_weight
+
+    chosen = candidates(settings, vision=is_vision(model))
+    limit = float("inf")
+    trials = []
     if AUTO in settings.scope:
-        allowed = [t for t in trials if t.bits_per_weight <= trials[0].bits_per_weight + settings.budget]
-    return max(allowed, key=lambda trial: trial.score).settings, trials
+        trials = [tried(chosen[0])]
+        limit = trials[0].bits_per_weight + settings.budget
+        sizes = {shape: size(shape) for shape in dict.fromkeys(map(_shape, chosen)) if shape.granularity in TABLES}
+        chosen = [c for c in chosen[1:] if sizes.get(_shape(c), 0.0) <= limit]
+    trials += [tried(candidate) for candidate in track(chosen, "choice of a setting", unit="setting")]
+    return max((t for t in trials if t.bits_per_weight <= limit), key=lambda trial: trial.score).settings, trials
+
+
+def _shape(candidate: Compensation) -> Compensation:
+    """A setting of the same size that is fitted sooner."""
+    return replace(candidate, stream="float")

@@ -1,0 +1,83 @@
+"""The choice among settings within a budget of bits."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bc.choice import Trial, candidates, choose
+from bc.pipeline import Engine, calibrate, compensate
+from bc.quantizers import create
+from bc.quantizers.base import SiteResult
+from bc.settings import Bits, Compensation
+from bc.vision import wrap
+from tests.bc.vision.conftest import make
+from tests.conftest import VOCABULARY, tiny_model
+
+ENGINE = Engine(torch.device("cpu"), 3)
+AUTO = Compensation(("auto",), "channel")
+Case = tuple[nn.Module, Tensor, dict[str, SiteResult]]
+
+
+@pytest.fixture(params=["llama", "vit"])
+def case(request: pytest.FixtureRequest) -> Case:
+    generator = torch.Generator().manual_seed(5)
+    if request.param == "llama":
+        model: Any = tiny_model("llama")
+        samples = torch.randint(4, VOCABULARY, (5, 12), generator=generator)
+        return model, samples, calibrate(model, create("rtn", Bits.parse("w3")), samples, ENGINE)
+    model, few = make("vit")
+    model, samples = wrap(model), torch.randn(5, *few.shape[1:], generator=generator)
+    return model, samples, calibrate(model, create("minmax", Bits.parse("w4a4")), samples, ENGINE)
+
+
+def chosen(case: Case, budget: float, best: float) -> tuple[Compensation, list[Trial], int]:
+    """The choice by a score that is highest where the model's biases are nearest to a number of values."""
+    model, samples, results = case
+    seen: list[int] = []
+
+    def score(twin: nn.Module) -> tuple[float, ...]:
+        size = sum(b.numel() for name, b in twin.named_buffers() if ".compensation." in f".{name}")
+        seen.append(size)
+        return (-abs(size - best),)
+
+    settings = Compensation(AUTO.scope, AUTO.granularity, budget=budget)
+    winner, trials = choose(model, results, settings, samples, ENGINE, score)
+    assert len(seen) == len(trials)
+    return winner, trials, len(seen)
+
+
+def test_every_candidate_is_tried_where_all_are_allowed(case: Case) -> None:
+    _, trials, _ = chosen(case, 1e6, 0)
+    wanted = candidates(Compensation(AUTO.scope, AUTO.granularity, budget=1e6), vision=hasattr(case[0], "blocks"))
+    assert [trial.settings for trial in trials] == wanted
+    assert not trials[0].settings.enabled
+
+
+def test_a_budget_is_kept_and_what_is_beyond_it_is_not_tried(case: Case) -> None:
+    model, samples, results = case
+    before = copy.deepcopy(model.state_dict())
+    _, everything, _ = chosen(case, 1e6, 1e9)
+    sizes = sorted({trial.bits_per_weight for trial in everything})
+    limit = (sizes[1] + sizes[2]) / 2 - sizes[0]
+    winner, trials, _ = chosen(case, limit, 1e9)
+    direct = compensate(copy.deepcopy(model), results, winner, samples, ENGINE).bits_per_weight
+    assert direct <= everything[0].bits_per_weight + limit
+    tried = {replace(trial.settings, budget=1e6) for trial in trials}
+    for trial in everything:
+        within = trial.bits_per_weight <= everything[0].bits_per_weight + limit
+        if trial.settings.granularity in ("positional", "shrink"):
+            assert (trial.settings in tried) == within
+        else:
+            assert trial.settings in tried
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_nothing_is_kept_where_nothing_helps(case: Case) -> None:
+    winner, _, _ = chosen(case, 1e6, -1.0)
+    assert not winner.enabled  # the first of those without values of their own
