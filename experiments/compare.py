@@ -1,8 +1,9 @@
-"""Paired comparison with no compensation: ``python -m experiments.compare EXPERIMENT [key=value …] [--results DIR]``.
+"""Paired comparison of settings: ``python -m experiments.compare EXPERIMENT [key=value …] [--against SETTING]``.
 
-Every setting and no compensation scored the same test samples, so the difference is taken sample by sample, averaged
-over seeds, and its 95 % interval is a bootstrap over the test samples and over the seeds. Needs the result files, which
-keep what every sample scored; the table that it writes, ``tables/EXPERIMENT_paired``, is kept without them.
+Every setting and the one that it is held against (no compensation by default) scored the same test samples, so the
+difference is taken sample by sample, averaged over seeds, and its 95 % interval is a bootstrap over the test samples
+and over the seeds. Needs the result files, which keep what every sample scored; the table that it writes,
+``tables/EXPERIMENT_paired`` (``…_paired_SETTING`` against another), is kept without them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from experiments.tables import distinct
 DRAWS = 10_000
 LEVEL = 0.95
 HEAD = (
-    "Difference of {what} from no compensation, sample by sample, mean over seeds; in brackets the 95 % interval "
+    "Difference of {what} from {against}, sample by sample, mean over seeds; in brackets the 95 % interval "
     "(bootstrap over test samples and seeds). Bold: the interval leaves 0 out. Made by `python -m experiments.compare "
     "{name}`; not to be edited."
 )
@@ -83,12 +84,14 @@ def interval(differences: NDArray[np.float64]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def compare(cell: CellConfig, dataset: str, results: dict[str, Any], seeds: Sequence[int]) -> Paired | None:
-    """A setting against no compensation with the same calibration, over the seeds that both have."""
+def compare(
+    cell: CellConfig, against: Compensation, dataset: str, results: dict[str, Any], seeds: Sequence[int]
+) -> Paired | None:
+    """A setting against another on the same quantized weights, over the seeds that both have."""
     differences, bits = [], []
     for seed in seeds:
         mine = with_seed(cell, seed)
-        base = replace(mine, bc=Compensation())
+        base = replace(mine, bc=against)
         pair = [results.get(cell_hash(c), {}) for c in (mine, base)]
         if any(dataset not in result.get("outcomes", {}) for result in pair):
             continue
@@ -108,8 +111,21 @@ def compare(cell: CellConfig, dataset: str, results: dict[str, Any], seeds: Sequ
     )
 
 
-def rows_of(name: str, overrides: Sequence[str], results: Path) -> list[Paired]:
-    """All comparisons of an experiment.
+def baselines(cells: Sequence[CellConfig], against: str) -> dict[str, Compensation]:
+    """The setting of a name, by domain.
+
+    Raises:
+        UserError: The experiment has none of that name.
+    """
+    found: dict[str, Compensation] = {cell.domain: cell.bc for cell in cells if bc_name(cell) == against}
+    if not found:
+        known = ", ".join(dict.fromkeys(bc_name(cell) for cell in cells if not cell.is_float))
+        raise UserError(f"--against: {against!r} is not a setting of this experiment; it has {known}")
+    return found
+
+
+def rows_of(name: str, overrides: Sequence[str], results: Path, against: str = "off") -> list[Paired]:
+    """All comparisons of an experiment with one of its settings.
 
     Raises:
         UserError: No pair of result files is there.
@@ -117,12 +133,19 @@ def rows_of(name: str, overrides: Sequence[str], results: Path) -> list[Paired]:
     _, runs = load_experiment(name, overrides)
     found = {result["cell"]: result for result in all_results(results)}
     seeds = sorted({int(result["label"]["seed"]) for result in found.values()})
-    cells = [cell for cell in distinct(runs) if cell.bc.enabled]
-    pairs = [compare(cell, dataset, found, seeds) for cell in cells for dataset in cell.data.evaluation.datasets]
+    settings = [cell for cell in distinct(runs) if not cell.is_float]
+    base = baselines(settings, against)
+    cells = [cell for cell in settings if cell.bc.enabled and cell.bc != base.get(cell.domain)]
+    pairs = [
+        compare(cell, base[cell.domain], dataset, found, seeds)
+        for cell in cells
+        if cell.domain in base
+        for dataset in cell.data.evaluation.datasets
+    ]
     rows = [pair for pair in pairs if pair is not None]
     if not rows:
         raise UserError(
-            f"compare: no result files of {name} with and without compensation below {results / 'cells'}; "
+            f"compare: no result files of {name} to hold against {against!r} below {results / 'cells'}; "
             f"run python -m experiments.run +experiment={name}"
         )
     return rows
@@ -153,11 +176,12 @@ def frame_of(rows: Sequence[Paired]) -> pd.DataFrame:
     )
 
 
-def markdown(name: str, title: str, rows: Sequence[Paired]) -> str:
+def markdown(name: str, title: str, rows: Sequence[Paired], against: str = "off") -> str:
     """The comparisons for people."""
     perplexity = rows[0].cell.metric == "perplexity"
     what = "cross-entropy in nats (lower is better)" if perplexity else "top-1 in percent (higher is better)"
-    lines = [f"# {title}: paired", "", HEAD.format(what=what, name=name), ""]
+    than = "no compensation" if against == "off" else f"`{against}`"
+    lines = [f"# {title}: paired", "", HEAD.format(what=what, name=name, against=than), ""]
     lines += ["| model | quantizer | bits | BC | added bits/weight | data | difference | better in | seeds |"]
     lines += ["|---|---|---|---|--:|---|--:|--:|--:|"]
     for row in rows:
@@ -174,16 +198,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.compare", description="Paired comparison.")
     parser.add_argument("experiment", help="name of a file in conf/experiment")
     parser.add_argument("overrides", nargs="*", help="overrides that the experiment was run with")
+    parser.add_argument("--against", default="off", help="setting to compare with (default: off, no compensation)")
     parser.add_argument("--results", type=Path, default=Path("results"), help="results directory (default: results)")
     options = parser.parse_intermixed_args(arguments)
     try:
         section, _ = load_experiment(options.experiment, options.overrides)
-        rows = rows_of(options.experiment, options.overrides, options.results)
+        rows = rows_of(options.experiment, options.overrides, options.results, options.against)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    stem = options.results / "tables" / f"{options.experiment}_paired"
-    write_text(stem.with_suffix(".md"), markdown(options.experiment, section.title, rows))
+    ending = "paired" if options.against == "off" else f"paired_{options.against}"
+    stem = options.results / "tables" / f"{options.experiment}_{ending}"
+    write_text(stem.with_suffix(".md"), markdown(options.experiment, section.title, rows, options.against))
     write_text(stem.with_suffix(".csv"), frame_of(rows).to_csv(index=False, lineterminator="\n"))
     print(stem.with_suffix(".md"), stem.with_suffix(".csv"), sep="\n")
     return 0

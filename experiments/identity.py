@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from bc import models, vision
-from bc.settings import KINDS, REGULARISED, Compensation, presets
+from bc.settings import AUTO, KINDS, REGULARISED, Compensation, presets
 from bc.vision.checkpoints import embedded_revision
 from experiments.config import CellConfig
 from experiments.data import ImageData
@@ -72,7 +72,12 @@ def bc_part(bc: Compensation) -> dict[str, Any] | None:
         "kinds": list(bc.kinds),
         "sink_positions": bc.sink_positions if bc.granularity in ("sink", *REGULARISED) else None,
     }
-    usual = {"kinds": bc.kinds == KINDS, "budget": bc.granularity != "lowrank", "method": bc.method == "bias"}
+    default = AUTO not in bc.scope or bc.budget == Compensation().budget
+    usual = {
+        "kinds": bc.kinds == KINDS,
+        "budget": bc.granularity != "lowrank" and default,
+        "method": bc.method == "bias",
+    }
     for name in (name for name, left_out in usual.items() if left_out):
         del part[name]
     return part
@@ -113,6 +118,8 @@ def bc_label(bc: Compensation, domain: str = "text") -> str:
     for name, preset in presets(vision=domain == "images").items():
         if bc_part(preset) == bc_part(bc):
             return name
+    if AUTO in bc.scope:
+        return f"{AUTO}-{bc.budget:g}"
     text: str = bc.granularity if bc.method == "bias" else bc.method
     text += str(bc.sink_positions) if bc.granularity in ("sink", *REGULARISED) and bc.sink_positions != 1 else ""
     text += f"-{'+'.join(bc.scope)}-{bc.stream}"

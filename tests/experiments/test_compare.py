@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bc.settings import Compensation
 from experiments.compare import compare, interval, main, rows_of, values_of
 from experiments.compose import compose_run, hydra_ready
 from experiments.identity import cell_hash, with_seed
@@ -38,11 +39,11 @@ def test_differences_are_taken_sample_by_sample() -> None:
     for seed, (mine, other) in enumerate([("1101", "0101"), ("1111", "1100")]):
         results[cell_hash(with_seed(cell, seed))] = {"outcomes": {"d": mine}, "bits_per_weight": 4.5}
         results[cell_hash(with_seed(base, seed))] = {"outcomes": {"d": other}, "bits_per_weight": 4.25}
-    found = compare(cell, "d", results, [0, 1, 2])
+    found = compare(cell, Compensation(), "d", results, [0, 1, 2])
     assert found is not None
     assert (found.difference, found.seeds, found.samples, found.bits) == (pytest.approx(37.5), 2, 4, 0.25)
     assert found.better == 1.0 and found.low <= 37.5 <= found.high
-    assert compare(cell, "other", results, [0, 1]) is None
+    assert compare(cell, Compensation(), "other", results, [0, 1]) is None
     assert values_of([1.5, 2.0]).tolist() == [1.5, 2.0]
 
 
@@ -61,5 +62,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     text = (tmp_path / "tables" / "demo_vision_paired.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("| tiny_vit")]
     assert {row.split("|")[4].strip() for row in rows} == {"channel", "paper"}
-    assert "top-1 in percent" in text
+    assert "top-1 in percent (higher is better) from no compensation" in text
+    capsys.readouterr()
+    assert main(["demo_vision", *overrides, "--against", "paper", "--results", str(tmp_path)]) == 0
+    text = (tmp_path / "tables" / "demo_vision_paired_paper.md").read_text()
+    assert "from `paper`" in text
+    assert {line.split("|")[4].strip() for line in text.splitlines() if line.startswith("| tiny_vit")} == {"channel"}
+    assert main(["demo_vision", *overrides, "--against", "sink", "--results", str(tmp_path)]) == 2
+    line = capsys.readouterr().err.strip()
+    assert line == "error: --against: 'sink' is not a setting of this experiment; it has channel, off, paper"
     assert len(rows_of("demo_vision", overrides, tmp_path)) == len(rows)

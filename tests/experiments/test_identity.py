@@ -59,6 +59,13 @@ def test_hash_is_of_results_only(override: str) -> None:
     assert cell_hash(run(override).cell) == cell_hash(run().cell)
 
 
+def test_the_budget_counts_where_it_has_an_effect() -> None:
+    auto, small = run("bc=auto").cell, run("bc=auto", "bc.budget=0.05").cell
+    assert cell_hash(auto) != cell_hash(small)
+    assert (bc_label(auto.bc), bc_label(small.bc)) == ("auto", "auto-0.05")
+    assert cell_hash(run("bc=sink", "bc.budget=0.05").cell) == cell_hash(run("bc=sink").cell)
+
+
 @pytest.mark.parametrize(
     ("override", "same_weights", "same_means"),
     [
