@@ -39,6 +39,11 @@ class ChannelMoments:
         return scale.float(), (y - scale * y_hat).float()
 
 
+def has_scales(result: SiteResult) -> bool:
+    """Whether a site's weight has scales that can take a factor; a float weight takes it itself."""
+    return result.weight is None or hasattr(result.weight, "scale")
+
+
 def fold_affine(module: nn.Module, result: SiteResult, scale: Tensor, shift: Tensor) -> SiteResult:
     """Fold a channel's scale and shift into a site's quantized weight and bias.
 
@@ -57,7 +62,7 @@ def fold_affine(module: nn.Module, result: SiteResult, scale: Tensor, shift: Ten
     own: Any = module
     weight: Any = result.weight
     if weight is not None:
-        if not hasattr(weight, "scale"):
+        if not has_scales(result):
             raise UserError(
                 f"bc.method: affine needs weights with scales, not a {type(weight).__name__}; set bc.method=bias"
             )

@@ -165,6 +165,16 @@ class Stream:
         """A value of the batch under way as (batch, tokens, channels)."""
         return to_rows(value, layout, None if self.call.positions is None else self.call.positions.shape[1])
 
+    def later_than(self, leading: int, rows: Tensor) -> Tensor | None:
+        """Which rows of the batch under way, (batch, tokens, channels), are neither padding nor leading positions."""
+        if not leading:
+            return self.call.valid
+        positions = self.call.positions
+        if positions is None:
+            positions = torch.arange(rows.shape[1], device=rows.device)[None]
+        late = (positions >= leading).to(rows.device).expand(rows.shape[:2])
+        return late if self.call.valid is None else late & self.call.valid
+
     def fork(self) -> Stream:
         """A second stream over the same samples, whose hidden states may go their own way."""
         cache = ActivationCache(self.cache.store, self.cache.device)

@@ -16,6 +16,7 @@ from typing import Literal
 
 from torch import nn
 
+from bc.affine import has_scales
 from bc.calibration import Samples
 from bc.chains import is_vision
 from bc.pipeline import Engine, compensate
@@ -59,6 +60,7 @@ def candidates(settings: Compensation, *, vision: bool) -> list[Compensation]:
     for stream in streams:
         fed = replace(base, stream=stream)
         found += [fed, replace(fed, method="affine"), replace(fed, granularity="sink")]
+        found += [replace(fed, granularity="sink", method="affine")]
         found += [] if vision else [replace(fed, granularity="sink", sink_positions=0)]
         found += [replace(fed, granularity=name) for name in ("lowrank", "shrink", "positional")]
         found += [replace(fed, granularity=name, scope=wide) for name in ("sink", "shrink")]
@@ -101,6 +103,8 @@ def choose(
         return compensate(copy.deepcopy(model), quantized, candidate, samples[:1], engine).bits_per_weight
 
     chosen = candidates(settings, vision=is_vision(model))
+    if not all(map(has_scales, quantized.values())):
+        chosen = [candidate for candidate in chosen if candidate.method != "affine"]
     limit = float("inf")
     trials = []
     if AUTO in settings.scope:

@@ -143,6 +143,12 @@ class Fit:
         except QuantizationError as error:
             raise QuantizationError(f"{site}: {error}") from error
 
+    def leading(self, unit: Unit, layout: str) -> int:
+        """Leading positions of a site that have a bias of their own under granularity ``sink``."""
+        if self.settings.granularity != "sink" or layout == "image":
+            return 0
+        return self.chain.sink_positions(unit, self.settings.sink_positions)
+
     def _table(
         self,
         unit: Unit,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from bc.affine import ChannelMoments, fold_affine
@@ -12,26 +13,65 @@ from bc.compensation import linear_bias
 from bc.linear_map import RidgeSums, attach_map, explained
 from bc.parts import Captured, find, run_captured, run_fed
 from bc.sites import WHOLE, Region, Site, Unit
+from bc.statistics import PositionSums
 
 if TYPE_CHECKING:
     from bc.fitting import Fit
 
 
 def fit_affine(fit: Fit, unit: Unit, source: nn.Module) -> None:
-    """Scale and shift of every Linear and convolution, in forward order, folded into the quantized weight."""
+    """Scale and shift of every Linear and convolution, in forward order.
+
+    The scale folds into the quantized weight. The shift does too, into the bias, with granularity ``channel``; with
+    ``sink`` it is the row that later positions share, and the leading positions, which do not count for the scale, have
+    rows of their own.
+    """
     for group in fit.sites(unit):
         sites = [site for site in group if site.kind != "matmul"]
-        moments: dict[str, ChannelMoments] = {}
+        pairs = {site.name: PairMoments(fit.leading(unit, site.layout)) for site in sites}
         assert fit.float_fit is not None
         for b in range(len(fit.float_fit) if sites else 0):
             for site, goal, output in _pairs(fit, unit, source, sites, b):
-                rows = tuple(fit.float_fit.rows(value, site.layout) for value in (goal, output))
-                if site.name not in moments:
-                    moments[site.name] = ChannelMoments(rows[0].shape[-1], rows[0].device)
-                moments[site.name].add(rows[0], rows[1], fit.float_fit.call.valid)
+                pairs[site.name].add(fit.float_fit, goal, output, site.layout)
         for site in sites:
-            result = fold_affine(site.module, fit.results[site.name], *moments[site.name].solve())
-            fit.results[site.name] = result
+            scale, shift, rows = pairs[site.name].solve()
+            folded = shift if rows is None else torch.zeros_like(shift)
+            fit.results[site.name] = fold_affine(site.module, fit.results[site.name], scale, folded)
+            if rows is not None:
+                fit.attach(site.name, site.module, rows, site.layout)
+
+
+class PairMoments:
+    """Moments of the pairs of outputs of one site: of leading positions one by one, of the rest together.
+
+    Args:
+        leading: Number of leading positions.
+    """
+
+    def __init__(self, leading: int) -> None:
+        self.leading = leading
+        self.rest: ChannelMoments | None = None
+        self.sums: dict[str, PositionSums] = {}
+
+    def add(self, stream: Stream, goal: Tensor, output: Tensor, layout: str) -> None:
+        """Add a pair of outputs of the batch under way."""
+        one, two = (stream.rows(value, layout) for value in (goal, output))
+        late = stream.later_than(self.leading, one)
+        if self.rest is None:
+            self.rest = ChannelMoments(one.shape[-1], one.device)
+        self.rest.add(one, two, late)
+        if self.leading:
+            stream.add(self.sums, "goal", goal, layout)
+            stream.add(self.sums, "output", output, layout)
+
+    def solve(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(scale, shift, rows of a bias for the scaled output; None where no position is apart)."""
+        assert self.rest is not None
+        scale, shift = self.rest.solve()
+        if not self.leading:
+            return scale, shift, None
+        goal, output = (self.sums[name].mean("sink", self.leading)[:-1] for name in ("goal", "output"))
+        return scale, shift, torch.cat([goal - scale * output, shift[None]])
 
 
 def _pairs(fit: Fit, unit: Unit, source: nn.Module, sites: list[Site], b: int) -> list[tuple[Site, Tensor, Tensor]]:

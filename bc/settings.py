@@ -127,7 +127,8 @@ class Compensation:
         kinds: Sites that scope ``layer`` covers: ``conv``, ``linear``, ``matmul``.
         budget: Bits per weight that the product of ``lowrank``, or all biases under ``auto``, may take at most.
         method: ``bias``; ``classic`` (the same from the norm's own statistics, without data, where a Linear follows a
-            LayerNorm); ``affine`` (scale and shift of every output channel, folded into the weight: costs nothing);
+            LayerNorm); ``affine`` (scale and shift of every output channel; folded into the weight, they cost nothing;
+            with granularity ``sink`` leading positions have a bias of their own and do not count for the scale);
             ``linear`` (a linear map of a block's input, by ridge regression, where it predicts the block's error).
     """
 
@@ -176,10 +177,14 @@ class Compensation:
             raise UserError(
                 f"bc.scope: {'+'.join(self.scope)} does not go with bc.method={self.method}; set [{wanted[0]}]"
             )
-        if self.granularity != "channel":
+        shapes = ("channel", "sink") if self.method == "affine" else ("channel",)
+        if self.granularity not in shapes:
             raise UserError(
-                f"bc.granularity: {self.granularity!r} does not go with bc.method={self.method}; set channel"
+                f"bc.granularity: {self.granularity!r} does not go with bc.method={self.method}; "
+                f"set {' or '.join(shapes)}"
             )
+        if self.granularity == "sink" and not self.sink_positions:
+            raise UserError("bc.sink_positions: 0 does not go with bc.method=affine; use 1 or more")
         if self.method == "classic" and self.stream != "float":
             raise UserError("bc.stream: the data-free bias (bc.method=classic) has none but float; set bc.stream=float")
 

@@ -121,6 +121,7 @@ def bc_label(bc: Compensation, domain: str = "text") -> str:
     if AUTO in bc.scope:
         return f"{AUTO}-{bc.budget:g}"
     text: str = bc.granularity if bc.method == "bias" else bc.method
+    text += f"-{bc.granularity}" if bc.method != "bias" and bc.granularity != "channel" else ""
     text += str(bc.sink_positions) if bc.granularity in ("sink", *REGULARISED) and bc.sink_positions != 1 else ""
     text += f"-{'+'.join(bc.scope)}-{bc.stream}"
     text += "" if bc.kinds == KINDS else f"-{'+'.join(bc.kinds)}"

@@ -80,6 +80,31 @@ def test_affine_lowers_every_sites_error_below_the_channel_bias(stream: str) -> 
             assert torch.equal(weight.dequantize(), results[name].weight.dequantize())  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("leading", [1, 2])
+def test_affine_with_sinks_is_least_squares_on_the_other_positions(leading: int) -> None:
+    """Against `lstsq` on the materialised outputs of the first block's first Linears, which see the same input."""
+    model = tiny_model("llama")
+    results = calibrate(model, quantizers.create("rtn", Bits.parse("w2")), None, ENGINE)
+    twin = copy.deepcopy(model)
+    settings = Compensation(("layer",), "sink", sink_positions=leading, method="affine", dtype="float32")
+    compensate(twin, results, settings, IDS, ENGINE)
+    own, ours = model.model.layers[0].self_attn.v_proj, twin.model.layers[0].self_attn.v_proj
+    seen: list[Tensor] = []
+    own.register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    model(IDS)
+    x = seen[0]
+    y, plain = own(x), x @ results["model.layers.0.self_attn.v_proj"].weight.dequantize().T  # type: ignore[union-attr]
+    for channel in range(y.shape[-1]):
+        late = plain[:, leading:, channel].reshape(-1, 1)
+        line = torch.cat([late, torch.ones_like(late)], 1).double()
+        a, b = torch.linalg.lstsq(line, y[:, leading:, channel].reshape(-1, 1).double()).solution.flatten().float()
+        torch.testing.assert_close(
+            ours(x)[:, leading:, channel], a * plain[:, leading:, channel] + b, atol=1e-4, rtol=1e-3
+        )
+    torch.testing.assert_close(ours(x)[:, :leading].mean(0), y[:, :leading].mean(0), atol=1e-4, rtol=1e-3)
+    assert ours.compensation.bias.shape == (leading + 1, y.shape[-1])
+
+
 def ridge(x: Tensor, error: Tensor) -> Tensor:
     """The same by least squares on materialised rows, the penalty as further rows."""
     design = torch.cat([x, torch.ones(len(x), 1)], 1).double()
@@ -148,11 +173,15 @@ def test_classic_needs_no_data_and_is_the_norms_bias() -> None:
 
 
 @pytest.mark.parametrize("name", ["opt", "llama"])
-@pytest.mark.parametrize("bc", ["shrink", "lowrank", "affine", "linear", "sink0"])
+@pytest.mark.parametrize("bc", ["shrink", "lowrank", "affine", "affine-sink", "linear", "sink0"])
 @pytest.mark.parametrize("stream", ["float", "quantized"])
 def test_language_models_take_every_option(name: str, bc: str, stream: str) -> None:
     model = tiny_model(name)
-    settings = Compensation(("layer",), "sink", sink_positions=0) if bc == "sink0" else PRESETS[bc]
+    special = {
+        "sink0": Compensation(("layer",), "sink", sink_positions=0),
+        "affine-sink": Compensation(("layer",), "sink", method="affine"),
+    }
+    settings = special.get(bc) or PRESETS[bc]
     settings = Compensation(**{**vars(settings), "stream": stream})
     results = calibrate(model, quantizers.create("rtn", Bits.parse("w2")), None, ENGINE)
     plain, twin = copy.deepcopy(model), copy.deepcopy(model)
@@ -162,7 +191,7 @@ def test_language_models_take_every_option(name: str, bc: str, stream: str) -> N
     goal = model(IDS).logits
     ours, off = ((m(IDS).logits - goal).square().mean() for m in (twin, plain))
     assert ours < off or (ours == off and not any(map_of(module) for module in twin.modules()))
-    if stream == "float" and bc != "affine":  # an affine site's error before is not kept
+    if stream == "float" and settings.method != "affine":  # an affine site's error before is not kept
         for site in report.sites:
             assert site.calibration.square_after <= site.calibration.square_before * (1 + 1e-4), site.site
 
@@ -172,6 +201,10 @@ def test_methods_refuse_what_they_cannot_do() -> None:
         Compensation(("layer", "block"), method="affine")
     with pytest.raises(UserError, match=r"bc.granularity: 'sink' does not go with bc.method=linear"):
         Compensation(("block",), "sink", method="linear")
+    with pytest.raises(UserError, match=r"bc.granularity: 'positional' .* set channel or sink"):
+        Compensation(("layer",), "positional", method="affine")
+    with pytest.raises(UserError, match=r"bc.sink_positions: 0 does not go with bc.method=affine"):
+        Compensation(("layer",), "sink", sink_positions=0, method="affine")
     with pytest.raises(UserError, match=r"bc.stream: the data-free bias"):
         Compensation(("layer",), stream="quantized", method="classic")
     model = tiny_model("opt")
