@@ -8,23 +8,20 @@ the device, the activations of its streams, and the statistics of one block, wha
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bc.activation_cache import ActivationCache, Store
 from bc.compensation import to_rows
 from bc.errors import UserError
 from bc.models import Family, submodule
 from bc.positions import PositionContext, token_positions
 from bc.statistics import PositionSums
-
-STORES = ("device", "host", "disk")
 
 
 class StopForward(Exception):  # noqa: N818 (a signal, not an error)
@@ -56,50 +53,6 @@ def same(a: Any, b: Any) -> bool:
 def output_of(result: Any) -> Tensor:
     """Hidden states in a block's result: the tensor itself, or the first element of a tuple."""
     return result if isinstance(result, Tensor) else result[0]
-
-
-class ActivationCache:
-    """Hidden states of all batches, kept on the device, in host memory, or in memory-mapped files.
-
-    Args:
-        store: ``device``, ``host`` or ``disk``.
-        device: Where the states are used.
-    """
-
-    def __init__(self, store: str, device: torch.device) -> None:
-        if store not in STORES:
-            raise UserError(f"activations: {store!r} is not known; allowed: {', '.join(STORES)}")
-        self.store, self.device = store, device
-        self._items: list[Tensor] = []
-        self._folder = tempfile.TemporaryDirectory(prefix="bc-activations-") if store == "disk" else None
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    @property
-    def nbytes(self) -> int:
-        """Size of what is kept, in bytes."""
-        return sum(t.numel() * t.element_size() for t in self._items)
-
-    def append(self, value: Tensor) -> None:
-        """Keep the states of one more batch."""
-        self._items.append(self._kept(len(self._items), value))
-
-    def _kept(self, index: int, value: Tensor) -> Tensor:
-        if self._folder is None:
-            return value.to(self.device if self.store == "device" else "cpu", copy=True)
-        path = Path(self._folder.name) / f"{index:06d}-{'x'.join(map(str, value.shape))}.bin"
-        mapped = torch.from_file(str(path), shared=True, size=value.numel(), dtype=value.dtype)
-        return mapped.view(value.shape).copy_(value)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self._items[index].to(self.device)
-
-    def __setitem__(self, index: int, value: Tensor) -> None:
-        if self._items[index].shape == value.shape:
-            self._items[index].copy_(value)
-        else:  # a stem or a downsample changes the shape
-            self._items[index] = self._kept(index, value)
 
 
 @dataclass
@@ -177,7 +130,7 @@ class Stream:
 
     def fork(self) -> Stream:
         """A second stream over the same samples, whose hidden states may go their own way."""
-        cache = ActivationCache(self.cache.store, self.cache.device)
+        cache = self.cache.empty_twin()
         for i in range(len(self)):
             cache.append(self.cache[i])
         twin = Stream(self.calls, cache, self.context)
@@ -237,7 +190,12 @@ def batches(samples: Samples, batch_size: int) -> Iterator[dict[str, Tensor]]:
 
 @torch.no_grad()
 def capture(
-    model: nn.Module, family: Family, samples: Samples, batch_size: int, device: torch.device, store: str = "host"
+    model: nn.Module,
+    family: Family,
+    samples: Samples,
+    batch_size: int,
+    device: torch.device,
+    store: Store | str = "host",
 ) -> Stream:
     """Run the part of a model before its blocks and keep everything that enters the first block.
 
@@ -247,7 +205,7 @@ def capture(
         samples: See :func:`batches`.
         batch_size: Samples per batch.
         device: Where the blocks will run.
-        store: Where hidden states are kept: ``device``, ``host`` or ``disk``.
+        store: How hidden states are kept; ``device``, ``host`` or ``disk`` stands for a store of that place.
 
     Raises:
         UserError: There are no samples.
@@ -292,7 +250,7 @@ def move_call(call: Call, device: torch.device) -> Call:
 
 
 @torch.no_grad()
-def capture_images(samples: Samples, batch_size: int, device: torch.device, store: str = "host") -> Stream:
+def capture_images(samples: Samples, batch_size: int, device: torch.device, store: Store | str = "host") -> Stream:
     """A stream of images at the first unit of a vision model.
 
     Args:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bc import models, vision
+from bc.activation_cache import Store
 from bc.calibration import Samples, Stream, capture, capture_images, logits
 from bc.errors import UserError
 from bc.models import Family, submodule
@@ -56,7 +57,7 @@ class Chain(ABC):
         """
 
     @abstractmethod
-    def capture(self, samples: Samples, batch_size: int, device: torch.device, store: str) -> Stream:
+    def capture(self, samples: Samples, batch_size: int, device: torch.device, store: Store | str) -> Stream:
         """A stream of samples at the first unit's input."""
 
     @abstractmethod
@@ -81,7 +82,7 @@ class LanguageChain(Chain):
         """As asked."""
         return asked
 
-    def capture(self, samples: Samples, batch_size: int, device: torch.device, store: str) -> Stream:
+    def capture(self, samples: Samples, batch_size: int, device: torch.device, store: Store | str) -> Stream:
         """See :func:`bc.calibration.capture`."""
         return capture(self.model, self.family, samples, batch_size, device, store)
 
@@ -103,7 +104,7 @@ class VisionChain(Chain):
         tokens = getattr(self.model, "num_prefix_tokens", 0) if unit.kind == "block" else 0
         return int(tokens)
 
-    def capture(self, samples: Samples, batch_size: int, device: torch.device, store: str) -> Stream:
+    def capture(self, samples: Samples, batch_size: int, device: torch.device, store: Store | str) -> Stream:
         """See :func:`bc.calibration.capture_images`."""
         return capture_images(samples, batch_size, device, store)
 

@@ -99,7 +99,7 @@ def _losses(scores: Tensor, ids: Tensor) -> list[float]:
 def _streamed(model: nn.Module, windows: Tensor, engine: Engine) -> list[float]:
     """The same with one block on the device at a time."""
     family = family_of(model)
-    stream = capture(model, family, windows, engine.batch_size, engine.device, engine.activations)
+    stream = capture(model, family, windows, engine.batch_size, engine.device, engine.store)
     for block in track(block_list(model, family), "perplexity", unit="block"):
         with on_device(engine.device, block):
             stream.advance(block)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bc.activation_cache import Store
 from bc.calibration import Samples, Stream, hooked, on_device
 from bc.chains import Chain, VisionChain, chain_of, check_scopes
 from bc.errors import QuantizationError, UserError
@@ -31,21 +32,32 @@ from bc.statistics import PositionSums
 
 @dataclass(frozen=True)
 class Engine:
-    """How the walks run; nothing here changes their results beyond rounding.
+    """How the walks run; nothing here changes their results beyond rounding, but for a narrower ``activations_dtype``.
 
     Attributes:
         device: Where units and activations are processed.
         batch_size: Samples per forward.
         activations: Where hidden states are kept: ``device``, ``host`` or ``disk``.
+        activations_dtype: What they are stored as; None is the model's.
+        memory_mib: MiB of hidden states that may wait on the device or in host memory, over all streams; the others go
+            to files. None is no limit.
+        store: What the above come to, shared by all streams of the engine.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     batch_size: int = 4
     activations: str = "host"
+    activations_dtype: torch.dtype | None = None
+    memory_mib: int | None = None
+    store: Store = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        budget = None if self.memory_mib is None else self.memory_mib * 2**20
+        object.__setattr__(self, "store", Store(self.activations, self.activations_dtype, budget))
 
     def capture(self, chain: Chain, samples: Samples) -> Stream:
         """A stream of samples at the first unit's input."""
-        return chain.capture(samples, self.batch_size, self.device, self.activations)
+        return chain.capture(samples, self.batch_size, self.device, self.store)
 
 
 def linears(unit: Unit) -> list[tuple[Site, ...]]:

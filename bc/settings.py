@@ -56,7 +56,8 @@ def _check_type(where: str, value: Any, hint: Any) -> None:
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return
-        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+        _check_type(where, value, next(a for a in typing.get_args(hint) if a is not type(None)))
+        return
     if origin is tuple:
         return
     ok = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,7 +66,10 @@ def run_cell(run: RunConfig) -> Outcome:
             if keep:
                 keep_checkpoint(run)
             return Outcome("skipped", name, f"{name}: complete already, {metrics_line(done)}")
-        return _run_locked(run, store)
+        outcome = _run_locked(run, store)
+    if outcome.state == "failed":
+        gc.collect()  # the traceback kept the cell's tensors and files alive; the sweep goes on
+    return outcome
 
 
 def _run_locked(run: RunConfig, store: CellStore) -> Outcome:
@@ -134,7 +138,8 @@ def compute(run: RunConfig, mirror: Mirror) -> tuple[dict[str, Any], list[dict[s
         "damping_retries": sum(int(row.get("damping_retries", 0)) for row in sites),
         "seconds_evaluate": watch.seconds["evaluate"],
         "peak_memory_mb": devices.peak_memory_mb(engine.device),
-        "provenance": provenance(engine.device, watch.seconds, seeds(cell), run.experiment),
+        "provenance": provenance(engine.device, watch.seconds, seeds(cell), run.experiment)
+        | {"engine": asdict(run.engine)},
         **facts,
     }
     del model
@@ -270,7 +275,8 @@ def make_engine(run: RunConfig) -> pipeline.Engine:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     batch_size = config.batch_size or BATCH[run.cell.domain]
-    return pipeline.Engine(devices.resolve(config.device), batch_size, config.activations)
+    dtype = None if config.activations_dtype is None else models.DTYPES[config.activations_dtype]
+    return pipeline.Engine(devices.resolve(config.device), batch_size, config.activations, dtype, config.memory_mib)
 
 
 def quiet_without_terminal() -> None:

@@ -49,15 +49,29 @@ class ReportConfig:
 
 
 @dataclass(frozen=True)
+class Numerics:
+    """What of the engine changes results by more than the order of sums; part of a cell's identity where it is unusual.
+
+    ``activations_dtype`` is None where storing activations loses nothing.
+    """
+
+    activations_dtype: Literal["float32", "bfloat16"] | None = None
+
+
+@dataclass(frozen=True)
 class EngineConfig:
-    """How a cell runs; of no effect on results beyond rounding."""
+    """How a cell runs; beside what is in :class:`Numerics` of no effect on results beyond rounding."""
 
     device: str = "auto"
     batch_size: int | None = None
     activations: Literal["device", "host", "disk"] = "host"
+    activations_dtype: Literal["float32", "bfloat16"] | None = None
+    memory_mib: int | None = None
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        if self.memory_mib is not None:
+            require("engine.memory_mib", self.memory_mib, 0)
         for name in ("batch_size", "threads"):
             value = getattr(self, name)
             if value is not None:
@@ -87,6 +101,7 @@ class CellConfig:
     data: DataConfig
     report: ReportConfig
     seed: int
+    numerics: Numerics = Numerics()
 
     @property
     def is_float(self) -> bool:
@@ -144,7 +159,7 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
     logger["tags"] = strings("logger.tags", logger.get("tags", ()))
     return RunConfig(
         cell=cell,
-        engine=build_dataclass(EngineConfig, dict(section(values, "engine")), "engine"),
+        engine=engine_config(values),
         logger=build_dataclass(LoggerConfig, logger, "logger"),
         experiment=str(section(values, "experiment").get("name", "adhoc")),
         results=Path(values["results_dir"]),
@@ -179,9 +194,21 @@ def cell_config(values: Mapping[str, Any]) -> CellConfig:
         data=data,
         report=report_config(section(values, "report"), domain),
         seed=seed,
+        numerics=numerics_of(engine_config(values), model),
     )
     check_combination(cell)
     return cell
+
+
+def engine_config(values: Mapping[str, Any]) -> EngineConfig:
+    """Check the engine section."""
+    return build_dataclass(EngineConfig, dict(section(values, "engine")), "engine")
+
+
+def numerics_of(engine: EngineConfig, model: ModelConfig) -> Numerics:
+    """The engine's share in what determines results."""
+    lossless = engine.activations_dtype in ("float32", model.dtype)
+    return Numerics(None if lossless else engine.activations_dtype)
 
 
 def report_config(values: Mapping[str, Any], domain: str) -> ReportConfig:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bc.activation_cache import PREFIX
 from bc.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -33,8 +34,14 @@ def one_line_disk_errors(where: str = "results_dir") -> Iterator[None]:
 
 
 def disk_error(error: OSError, where: str = "results_dir") -> UserError | None:
-    """The line for a disk that is full or may not be written; None for any other error."""
+    """The line for a disk that is full or may not be written; None for any other error.
+
+    Activations wait below the folder that the variable ``TMPDIR`` names, whatever ``where`` is.
+    """
     path = str(error.filename or "")
+    for folder in (Path(path), *Path(path).parents):
+        if folder.name.startswith(PREFIX):
+            where, path = "TMPDIR", str(folder)
     if error.errno in FULL:
         return UserError(f"{where}: no space left on the disk{_of(path)}; free some, and run the same command again")
     if error.errno in DENIED:

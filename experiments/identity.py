@@ -1,6 +1,7 @@
 """The identity of a cell and of what cells share: SHA-256 of the settings that determine results, and of nothing else.
 
-Paths, device, engine, logger and launcher are left out, so the same cell has the same hash on any machine.
+Paths, device, logger, launcher and what of the engine is of no effect are left out, so the same cell has the same hash
+on any machine.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from bc import models, vision
 from bc.settings import AUTO, KINDS, REGULARISED, Compensation, presets
 from bc.vision.checkpoints import embedded_revision
-from experiments.config import CellConfig
+from experiments.config import CellConfig, Numerics
 from experiments.data import ImageData
 
 SCHEMA = 1  # raise when the meaning of a setting or of a stored result changes
@@ -23,6 +24,7 @@ SCHEMA = 1  # raise when the meaning of a setting or of a stored result changes
 def scientific(cell: CellConfig) -> dict[str, Any]:
     """The settings that determine a cell's results, in one canonical form.
 
+    What of the engine changes results is in it only where it is not as usual, so that it has no say in other hashes.
     The float model has no calibration, BC or seed, so that every sweep over one model shares one float cell.
     """
     data = cell.data
@@ -42,6 +44,9 @@ def scientific(cell: CellConfig) -> dict[str, Any]:
         calibration, fit = data.with_seed(cell.seed)
         out["calibration"]["seed"] = calibration
         out["compensation"] = {"samples": data.compensation.samples, "seed": fit} if cell.bc.enabled else None
+    if cell.numerics != Numerics():
+        usual = asdict(Numerics())
+        out["numerics"] = {key: value for key, value in asdict(cell.numerics).items() if value != usual[key]}
     if cell.is_float:
         out |= {"calibration": None, "selection": None, "report": None, "seed": 0}
     return out
@@ -97,14 +102,15 @@ def cell_hash(cell: CellConfig) -> str:
 def weights_hash(cell: CellConfig) -> str:
     """Identity of the quantized weights: BC off and every BC setting share it."""
     full = scientific(cell)
-    names = ("schema", "model", "quantizer", "bits", "calibration")
-    return digest({k: full[k] for k in (*names, *(("seed",) if cell.domain == "text" else ()))})
+    names = {"schema", "model", "quantizer", "bits", "calibration", "numerics"}
+    names |= {"seed"} if cell.domain == "text" else set()
+    return digest({k: full[k] for k in names & full.keys()})
 
 
 def means_hash(cell: CellConfig, halves: bool = False) -> str:
     """Identity of the float model's statistics: every quantizer and bit width shares it; those by halves are others."""
     full = scientific(cell)
-    part = {k: full[k] for k in ("schema", "model", "calibration", "seed")}
+    part = {k: full[k] for k in {"schema", "model", "calibration", "seed", "numerics"} & full.keys()}
     return digest(part | {"halves": True} if halves else part)
 
 

@@ -41,7 +41,7 @@ COLUMNS = (
     "device",
     "commit",
     "cell",
-    "options",  # the quantizer's own, among them weight granularity and search metric
+    "options",  # the quantizer's own (weight granularity, search metric, …), and unusual numerics of the engine
     "damping_retries",
 )
 KEY = ("experiment", "cell", "dataset", "metric")
@@ -62,6 +62,7 @@ def rows_of(result: dict[str, Any], experiment: str, suite: str) -> list[Row]:
     facts = {name: result[name] for name in COLUMNS if name in result}
     facts |= {"device": result["provenance"]["device"], "commit": result["provenance"]["commit"]}
     options = {name: value for name, value in result["config"]["quantizer"].items() if name != "name"}
+    options |= result["config"].get("numerics", {})
     facts |= {"options": " ".join(f"{name}={value}" for name, value in sorted(options.items()))}
     facts |= {"experiment": experiment, "suite": suite}
     return [

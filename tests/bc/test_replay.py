@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from bc.calibration import ActivationCache, Stream, batches, capture, logits
+from bc.calibration import Stream, batches, capture, logits
 from bc.chains import block_list
 from bc.models import family_of
 from tests.conftest import MAKERS, tiny_model
@@ -76,23 +74,3 @@ def test_equal_arguments_are_kept_once(token_ids):
     model = tiny_model("llama", "eager")
     stream = capture(model, family_of(model), token_ids, 2, CPU)
     assert len({id(c) for c in stream.calls}) == 1
-
-
-def test_the_disk_cache_is_in_its_files():
-    cache = ActivationCache("disk", CPU)
-    value = torch.randn(2, 3)
-    cache.append(value)
-    assert cache._folder is not None
-    (path,) = Path(cache._folder.name).iterdir()
-    assert torch.equal(torch.from_file(str(path), size=6).view(2, 3), value)
-    cache[0] = 2 * value
-    assert torch.equal(torch.from_file(str(path), size=6).view(2, 3), 2 * value)
-
-
-def test_disk_files_go_with_the_cache():
-    cache = ActivationCache("disk", CPU)
-    cache.append(torch.ones(2, 3))
-    folder = cache._folder
-    assert folder is not None
-    folder.cleanup()
-    assert torch.equal(cache[0], torch.ones(2, 3))

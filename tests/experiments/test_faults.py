@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging.config
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -141,6 +142,9 @@ class Disk:
                 stream.write(bytes(4096))
         return ballast
 
+    def resize(self, size: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={size}", self.folder], check=True)
+
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
@@ -198,6 +202,32 @@ def test_full_disk(
     assert complete.read_bytes() == before
     assert len(list((workspace.results / "cells").glob("*/result.json"))) == 2
     assert not list(workspace.results.rglob("*.damaged-*"))
+
+
+@pytest.mark.parametrize("settings", [["engine.activations=disk"], ["engine.memory_mib=0"]])
+def test_full_disk_for_activations(
+    workspace: Workspace,
+    disk: Disk,
+    settings: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(disk.folder))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    samples = "data.calibration.samples=200"  # 400 KiB of activations
+    disk.resize("200k")
+    assert workspace.run(*RTN, samples, *settings) == 2
+    line = one_line(capsys)
+    assert line.startswith(f"error: TMPDIR: no space left on the disk of '{disk.folder}'")
+    assert line.endswith("free some, and run the same command again")
+    assert not list(disk.folder.iterdir())
+    disk.resize("8m")
+    assert workspace.run(*RTN, samples, *settings) == 0
+    on_disk = read(workspace)
+    (only(workspace) / "result.json").unlink()
+    shutil.rmtree(workspace.results / "artefacts")
+    assert workspace.run(*RTN, samples) == 0
+    assert read(workspace)["metrics"] == on_disk["metrics"]
 
 
 def test_read_only_results(shared: Path, disk: Disk, capsys: pytest.CaptureFixture[str]) -> None:

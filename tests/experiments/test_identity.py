@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from bc import models, quantizers
 from bc.settings import PRESETS, Bits, build_dataclass
 from experiments.compose import compose_run, experiment_names, hydra_ready, load_experiment
 from experiments.config import RunConfig, cell_config
-from experiments.identity import bc_label, cell_hash, means_hash, slug, weights_hash
+from experiments.identity import bc_label, cell_hash, means_hash, scientific, slug, weights_hash
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -46,6 +47,8 @@ def test_hash_is_known() -> None:
         "engine.device=cpu",
         "engine.batch_size=1",
         "engine.activations=disk",
+        "engine.activations_dtype=float32",
+        "engine.memory_mib=100",
         "logger=none",
         "logger.mode=online",
         "results_dir=/elsewhere",
@@ -92,6 +95,25 @@ def test_what_the_hashes_tell_apart(override: str, same_weights: bool, same_mean
     assert cell_hash(base) != cell_hash(other)
     assert (weights_hash(base) == weights_hash(other)) is same_weights
     assert (means_hash(base) == means_hash(other)) is same_means
+
+
+def test_narrower_activations_count_where_they_round() -> None:
+    narrow = "engine.activations_dtype=bfloat16"
+    base, other = run("bc=sink").cell, run("bc=sink", narrow).cell
+    for identity in (cell_hash, weights_hash, means_hash):
+        assert identity(base) != identity(other)
+    half = "model.dtype=bfloat16"
+    assert cell_hash(run(half, narrow).cell) == cell_hash(run(half).cell)
+    assert "numerics" not in scientific(base)
+    assert scientific(other)["numerics"] == {"activations_dtype": "bfloat16"}
+
+
+def test_committed_cells_keep_their_hashes() -> None:
+    """Of cells.csv, for experiments whose files have not changed since they ran."""
+    with (CONF.parent / "results" / "cells.csv").open(newline="") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["experiment"] == "table2_embedded"]
+    _, runs = experiment("table2_embedded")
+    assert {row["cell"] for row in rows if row["seed"] == "0"} == {cell_hash(r.cell) for r in runs}
 
 
 def test_sink_positions_count_at_granularity_sink() -> None:
