@@ -15,9 +15,9 @@ from bc.chains import chain_of, check_scopes, is_vision
 from bc.checkpoint import open_model, save_model
 from bc.errors import UserError
 from bc.evaluation import Accuracy, evaluate_accuracy, evaluate_perplexity
-from bc.pipeline import Engine, calibrate, compensate
+from bc.pipeline import Collection, Engine, calibrate, compensate
 from bc.report import Report
-from bc.settings import Bits, Compensation
+from bc.settings import REGULARISED, Bits, Compensation
 
 
 def load(name: str, *, path: str | None = None, dtype: str = "float32") -> nn.Module:
@@ -80,9 +80,19 @@ def quantize(
     check_scopes(chain_of(model), settings.scope)
     engine = Engine(devices.resolve(device), batch_size)
     method = quantizers.create(quantizer, Bits.parse(bits), **options)
-    results = calibrate(model, method, calibration, engine)
+    # what a bias of the Linears alone needs is collected while the quantizer passes there
+    alone = settings.scope == ("layer",) and settings.method == "bias" and method.needs_hessian and not method.tokens
+    collect = Collection(settings.granularity in REGULARISED) if alone else None
+    results = calibrate(model, method, calibration, engine, collect=collect)
     return compensate(
-        model, results, settings, calibration, engine, report_calibration=calibration, report_held_out=held_out
+        model,
+        results,
+        settings,
+        calibration,
+        engine,
+        means=collect.sums if collect else None,
+        report_calibration=calibration,
+        report_held_out=held_out,
     )
 
 

@@ -130,10 +130,14 @@ class Stream:
 
     def fork(self) -> Stream:
         """A second stream over the same samples, whose hidden states may go their own way."""
-        cache = self.cache.empty_twin()
+        twin = self.empty()
         for i in range(len(self)):
-            cache.append(self.cache[i])
-        twin = Stream(self.calls, cache, self.context)
+            twin.cache.append(self.cache[i])
+        return twin
+
+    def empty(self) -> Stream:
+        """A second stream over the same samples without hidden states yet, to which a pass appends them."""
+        twin = Stream(self.calls, self.cache.empty_twin(), self.context)
         twin.halves = self.halves
         return twin
 

@@ -10,19 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from bc.activations import quantizers_of
-from bc.calibration import Samples, StopForward, Stream, hooked, on_device
+from bc.calibration import Samples, Stream, on_device
 from bc.chains import Chain
 from bc.compensation import attach, compensation_of, fold, linear_bias
 from bc.errors import QuantizationError, UserError
 from bc.measuring import Measure
 from bc.parts import Captured, find, run_captured, run_fed
+from bc.passes import Taker, adding, advance, both
 from bc.quantizers.base import SiteResult
 from bc.regularise import Estimates, LowRank, low_rank, shrink
 from bc.report import SiteReport
 from bc.rivals import fit_affine, fit_classic, fit_linear_map
 from bc.settings import REGULARISED, Compensation
 from bc.sinks import find_sinks
-from bc.sites import Site, Unit
+from bc.sites import WHOLE, Region, Site, Unit
 from bc.statistics import PositionSums
 
 Capture = Callable[[Chain, Samples], Stream]
@@ -49,6 +50,8 @@ class Fit:
         self.float_fit: Stream | None = None
         self.quantized_fit: Stream | None = None
         self.stage_fit: Stream | None = None  # from the float input of a stage through its quantized units
+        self.ahead: Stream | None = None  # the float stream past the unit under way, while its inputs are needed still
+        self.last = False  # no stream is needed behind the unit under way
         self.measure = Measure(chain, settings, set(results))
         self.seconds_measure = 0.0
 
@@ -86,38 +89,46 @@ class Fit:
         """
         unit = self.chain.units[index]
         stage_opens, stage_ends = self._stage_edges(index)
+        self.last = index + 1 == len(self.chain.units) and not {"model", "stage"} & set(self.settings.scope)
         if stage_opens and self.settings.stream == "float":
             assert self.float_fit is not None
             self.stage_fit = self.float_fit.fork()
-        if "layer" in self.settings.scope:
-            self._fit_layers(unit, source)
         scopes = [scope for scope in unit.regions if scope in self.settings.scope]
+        passed = "layer" in self.settings.scope and self._fit_layers(unit, source, scopes)
         if self.settings.method == "linear":
             if scopes:
                 fit_linear_map(self, unit, source)
             scopes = []
         for scope in scopes:
-            self._region(unit, scope, source, advance=scope == scopes[-1])
+            passed |= self._region(unit, scope, source, final=scope == scopes[-1])
         started = time.perf_counter()
         reports = self.measure.unit(unit, source)
         self.seconds_measure += time.perf_counter() - started
-        if self.float_fit is not None and not scopes:
+        if self.ahead is not None:
+            self.float_fit, self.ahead = self.ahead, None
+        elif self.float_fit is not None and not passed and not self.last:
             self.float_fit.advance(source)
         return reports + self._past(unit, stage_ends)
 
-    def _fit_layers(self, unit: Unit, source: nn.Module) -> None:
+    def _fit_layers(self, unit: Unit, source: nn.Module, scopes: list[str]) -> bool:
+        """Fit the unit's sites; says whether the float stream has been run through it."""
         if self.settings.method == "affine":
             fit_affine(self, unit, source)
-        elif self.settings.method == "classic":
+            return False
+        if self.settings.method == "classic":
             fit_classic(self, unit, source)
-        elif self.settings.stream == "quantized":
-            self._layers_on_quantized_stream(unit, source)
+            return False
+        if self.settings.stream == "quantized":
+            self._layers_on_quantized_stream(unit, source, scopes)
         else:
-            self._layers(unit, source)
+            self._layers(unit, source, scopes)
+        return self.means is None
 
     def _past(self, unit: Unit, stage_ends: bool) -> list[SiteReport]:
         """Move the quantized streams past a unit, and compensate the stage that ends with it."""
         reports: list[SiteReport] = []
+        if self.last:
+            return reports
         for stream in (self.stage_fit, self.quantized_fit):
             if stream is None:
                 continue
@@ -125,7 +136,8 @@ class Fit:
             if stage_ends and not reports:  # on the float stream, the other one passes the bias as it goes
                 reports.append(self._stage(unit, stream))
         self.stage_fit = None if stage_ends else self.stage_fit
-        self.measure.past(unit)
+        if unit is not self.chain.units[-1]:
+            self.measure.past(unit)
         return reports
 
     def _stage_edges(self, index: int) -> tuple[bool, bool]:
@@ -186,9 +198,9 @@ class Fit:
         groups = [tuple(s for s in g if s.kind in kinds and s.name in self.results) for g in unit.groups]
         return [group for group in groups if group]
 
-    def _layers(self, unit: Unit, source: nn.Module) -> None:
+    def _layers(self, unit: Unit, source: nn.Module, scopes: list[str]) -> None:
         """On the float stream: W E[x] − Ŵ E[q(x)], and for sites that are not Linears the mean difference."""
-        sums = self.means if self.means is not None else self._float_sums(unit, source)
+        sums = self.means if self.means is not None else self._float_sums(unit, source, scopes)
         for group in self.sites(unit):
             for site in group:
                 if site.kind != "linear":
@@ -208,37 +220,55 @@ class Fit:
         sums = [x] if x_hat is None else [x, x_hat]
         self.attach(site.name, site.module, self._table(unit, sums, rows, weights=weight.numel()))
 
-    def _float_sums(self, unit: Unit, source: nn.Module) -> Sums:
-        """One pass over the float stream: inputs of Linears as they are and quantized; other sites' differences."""
+    def _float_pass(
+        self, source: nn.Module, scopes: list[str], before: dict[nn.Module, Taker], after: dict[nn.Module, Taker]
+    ) -> None:
+        """Run the float stream through a unit once: whatever is taken, and its outputs where something needs them.
+
+        Where scopes are still to be fitted on the unit's inputs, the outputs are kept beside them until then.
+        """
+        assert self.float_fit is not None
+        whole = not self.last or "block" in scopes
+        self.ahead = self.float_fit.empty() if whole and scopes else None
+        advance(self.float_fit, source, before, after, to=self.ahead, whole=whole)
+
+    def _float_sums(self, unit: Unit, source: nn.Module, scopes: list[str]) -> Sums:
+        """In one pass over the float stream: inputs of Linears as they are and quantized; other sites' differences."""
         assert self.float_fit is not None
         stream, sums = self.float_fit, Sums()
-        hooks: dict[nn.Module, Any] = {}
+        before: dict[nn.Module, Taker] = {}
+        after: dict[nn.Module, Taker] = {}
         for group in self.sites(unit):
             for site in group:
-                hooks[find(source, unit.path(site))] = _float_hook(stream, sums, site, site is group[0])
-        with hooked(hooks, inputs=False):
-            for b in range(len(stream)):
-                stream.run(source, b)
+                module = find(source, unit.path(site))
+                if site.kind != "linear":
+                    after[module] = _adding_difference(stream, sums, site)
+                    continue
+                if site is group[0]:
+                    before[module] = adding(stream, sums, site.name)
+                if quantizers_of(site.module) is not None:
+                    take = _adding_quantized(stream, sums, site)
+                    before[module] = both(before[module], take) if module in before else take
+        self._float_pass(source, scopes, before, after)
         return sums
 
-    def _layers_on_quantized_stream(self, unit: Unit, source: nn.Module) -> None:
+    def _layers_on_quantized_stream(self, unit: Unit, source: nn.Module, scopes: list[str]) -> None:
         """Group by group, on what the quantized, already compensated model feeds the site."""
         assert self.quantized_fit is not None
         goals: Sums = self.means if self.means is not None else {}
         if self.means is None:
             assert self.float_fit is not None
-            hooks = {find(source, unit.path(g[0])): _edge_hook(self.float_fit, goals, g[0]) for g in self.sites(unit)}
-            with hooked(hooks, inputs=False):
-                for b in range(len(self.float_fit)):
-                    self.float_fit.run(source, b)
+            takers: dict[bool, dict[nn.Module, Taker]] = {True: {}, False: {}}
+            for first in (group[0] for group in self.sites(unit)):
+                takers[first.kind == "linear"][find(source, unit.path(first))] = _adding_edge(
+                    self.float_fit, goals, first
+                )
+            self._float_pass(source, scopes, takers[True], takers[False])
         for group in self.sites(unit):
             first, seen = group[0], Sums()
-            with hooked({first.module: _edge_hook(self.quantized_fit, seen, first, stop=True)}, inputs=False):
-                for b in range(len(self.quantized_fit)):
-                    try:
-                        self.quantized_fit.run(unit.module, b)
-                    except StopForward:
-                        pass
+            takers = {True: {}, False: {}}
+            takers[first.kind == "linear"][first.module] = _adding_edge(self.quantized_fit, seen, first)
+            advance(self.quantized_fit, unit.module, takers[True], takers[False], whole=False)
             goal, got = goals[first.name], seen[first.name]
             if first.kind != "linear":
                 bias = self._table(unit, [goal, got], lambda a, b: a - b, first.layout)
@@ -247,23 +277,45 @@ class Fit:
             for site in group:
                 self._linear(unit, site, source, goal, got)
 
-    def _region(self, unit: Unit, scope: str, source: nn.Module, *, advance: bool) -> None:
-        """Mean difference of a part's paired outputs; on the float stream the part is fed its float input."""
+    def _region(self, unit: Unit, scope: str, source: nn.Module, *, final: bool) -> bool:
+        """Mean difference of a part's paired outputs; on the float stream the part is fed its float input.
+
+        Returns:
+            Whether the float stream has been moved past the unit, which the last part does.
+        """
         assert self.float_fit is not None
         stream, region, sums = self.float_fit, unit.regions[scope], Sums()
-        fed = self.quantized_fit if self.settings.stream == "quantized" else None
+        moves = final and self.ahead is None and not self.last
         for b in range(len(stream)):
-            goal, got = Captured(source, region), Captured(unit.module, region)
-            result = run_captured(stream, source, b, [goal])
-            if fed is not None:
-                run_captured(fed, unit.module, b, [got])
-                output = got.output
-            else:
-                output = run_fed(stream, unit.module, b, got, goal)
+            goal, result = self._goal(source, region, b, whole=moves)
+            output = self._fed(unit, region, b, goal)
+            stream.use(b)
             stream.add(sums, scope, goal.output.float() - output.float())
-            if advance:
+            if result is not None:
                 stream.cache[b] = result
         self.attach(unit.region_name(scope), find(unit.module, region.exit), self._table(unit, [sums[scope]]))
+        return moves
+
+    def _goal(self, source: nn.Module, region: Region, b: int, *, whole: bool) -> tuple[Captured, Tensor | None]:
+        """A part's float input and output on a batch; and the unit's output, if the whole of it is wanted."""
+        assert self.float_fit is not None
+        goal = Captured(source, region)
+        if region == WHOLE and self.ahead is not None:
+            goal.output = self.ahead.cache[b]
+            return goal, None
+        return goal, run_captured(self.float_fit, source, b, [goal], whole=whole)
+
+    def _fed(self, unit: Unit, region: Region, b: int, goal: Captured) -> Tensor:
+        """Output of the quantized part on a batch, fed as the stream says."""
+        assert self.float_fit is not None
+        got = Captured(unit.module, region)
+        if self.settings.stream == "quantized":
+            assert self.quantized_fit is not None
+            run_captured(self.quantized_fit, unit.module, b, [got], whole=False)
+            return got.output
+        if region == WHOLE:  # its input is the stream's own
+            return self.float_fit.run(unit.module, b)
+        return run_fed(self.float_fit, unit.module, b, got, goal)
 
     def _stage(self, unit: Unit, stream: Stream) -> SiteReport:
         """Bias of a stage: mean difference of what leaves it; the streams are past its last unit."""
@@ -310,29 +362,24 @@ def _report(name: str, scope: str, module: nn.Module, *, shared: bool = False) -
     return SiteReport(name, scope, child.granularity, 0 if shared else child.size)
 
 
-def _float_hook(stream: Stream, sums: Sums, site: Site, first: bool) -> Callable[..., None]:
-    """Hook of a float site's output that collects what the closed form or the pair of outputs needs."""
+def _adding_difference(stream: Stream, sums: Sums, site: Site) -> Taker:
+    """Function that adds the difference between a float site's output and that of the quantized site on its inputs."""
 
-    def take(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        if site.kind != "linear":
-            stream.add(sums, site.name, output.float() - site.module(*args).float(), site.layout)
-            return
-        if first:
-            stream.add(sums, site.name, args[0])
-        quantizers = quantizers_of(site.module)
-        if quantizers is not None:
-            stream.add(sums, f"{site.name} quantized", quantizers.quantized(args)[0])
+    def take(args: tuple[Any, ...], output: Tensor) -> None:
+        stream.add(sums, site.name, output.float() - site.module(*args).float(), site.layout)
 
     return take
 
 
-def _edge_hook(stream: Stream, sums: Sums, site: Site, stop: bool = False) -> Callable[..., None]:
-    """Hook of a site that collects the inputs of a Linear and the outputs of any other."""
+def _adding_quantized(stream: Stream, sums: Sums, site: Site) -> Taker:
+    """Function that adds what a quantized site makes of its input."""
+    quantizers = quantizers_of(site.module)
+    assert quantizers is not None
+    return lambda args, output: stream.add(sums, f"{site.name} quantized", quantizers.quantized(args)[0])
 
-    def take(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        linear = site.kind == "linear"
-        stream.add(sums, site.name, args[0] if linear else output, "tokens" if linear else site.layout)
-        if stop:
-            raise StopForward
 
-    return take
+def _adding_edge(stream: Stream, sums: Sums, site: Site) -> Taker:
+    """Function that adds the inputs of a Linear, called before it runs, or the outputs of any other site."""
+    if site.kind == "linear":
+        return adding(stream, sums, site.name)
+    return lambda args, output: stream.add(sums, site.name, output, site.layout)

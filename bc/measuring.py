@@ -75,9 +75,10 @@ class Measure:
         layouts = {unit.path(site): site.layout for site in unit.sites}
         goals = {key: Captured(source, region) for key, region in regions.items()}
         result = run_captured(stream, source, b, goals.values())
+        assert result is not None
         got = {key: Captured(unit.module, region) for key, region in regions.items()}
         if fed is not None:
-            run_captured(fed, unit.module, b, got.values())
+            run_captured(fed, unit.module, b, got.values(), whole=False)
         for key, report in reports.items():
             goal, site = goals[key], got[key].exit
             if fed is not None:

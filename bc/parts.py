@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bc.calibration import Samples, Stream, hooked, output_of
+from bc.calibration import Samples, StopForward, Stream, hooked, output_of
 from bc.models import submodule
 from bc.models.base import Region
 
@@ -57,10 +57,24 @@ def by_module(parts: Iterable[Captured], edge: str) -> dict[nn.Module, list[Capt
     return found
 
 
-def run_captured(stream: Stream, block: nn.Module, index: int, parts: Iterable[Captured]) -> Tensor:
-    """Run a block on one batch, filling the captured parts; returns the block's output."""
+def run_captured(
+    stream: Stream, block: nn.Module, index: int, parts: Iterable[Captured], *, whole: bool = True
+) -> Tensor | None:
+    """Run a block on one batch, filling the captured parts.
+
+    Args:
+        stream: The samples at the block's input.
+        block: The block.
+        index: Number of the batch.
+        parts: What to capture.
+        whole: The block's output is wanted; else the forward ends when the last part's has been captured.
+
+    Returns:
+        The block's output; None where it is not wanted.
+    """
     parts = list(parts)
     entries, exits = by_module(parts, "entry"), by_module(parts, "exit")
+    waiting = set(exits)
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         for part in entries[module]:
@@ -69,9 +83,16 @@ def run_captured(stream: Stream, block: nn.Module, index: int, parts: Iterable[C
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         for part in exits[module]:
             part.output = output_of(output)
+        waiting.discard(module)
+        if not whole and not waiting:
+            raise StopForward
 
     with hooked(dict.fromkeys(entries, enter), inputs=True), hooked(dict.fromkeys(exits, leave), inputs=False):
-        return stream.run(block, index)
+        try:
+            output = stream.run(block, index)
+        except StopForward:
+            return None
+    return output if whole else None
 
 
 def run_fed(stream: Stream, block: nn.Module, index: int, got: Captured, source: Captured) -> Tensor:
@@ -81,7 +102,7 @@ def run_fed(stream: Stream, block: nn.Module, index: int, got: Captured, source:
         return source.args, source.kwargs
 
     with hooked({got.entry: feed}, inputs=True):
-        run_captured(stream, block, index, [got])
+        run_captured(stream, block, index, [got], whole=False)
     return got.output
 
 
@@ -105,7 +126,7 @@ class Part:
                 Captured(block, region or Region(paths[0], paths[0])),
                 Captured(block, Region(paths[0], paths[0])),
             )
-            run_captured(stream, block, b, [goal, group])
+            run_captured(stream, block, b, [goal, group], whole=False)
             x = group.args[0].reshape(-1, group.args[0].shape[-1])
             valid = stream.calls[b].valid
             inputs.append(x if valid is None else x[valid.reshape(-1)])

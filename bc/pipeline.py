@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from bc.activation_cache import Store
-from bc.calibration import Samples, Stream, hooked, on_device
+from bc.calibration import Samples, Stream, on_device
 from bc.chains import Chain, VisionChain, chain_of, check_scopes
 from bc.errors import QuantizationError, UserError
 from bc.fitting import Fit
 from bc.install import install, installed
 from bc.parts import Part, leading
+from bc.passes import input_sums, linears, second_moments
 from bc.progress import track
 from bc.quantizers.base import Group, Quantizer, SiteQuantizer, SiteResult
 from bc.report import Report
@@ -60,12 +61,6 @@ class Engine:
         return chain.capture(samples, self.batch_size, self.device, self.store)
 
 
-def linears(unit: Unit) -> list[tuple[Site, ...]]:
-    """Groups of the sites of a unit that are Linears."""
-    groups = [tuple(site for site in group if site.kind == "linear") for group in unit.groups]
-    return [group for group in groups if group]
-
-
 @torch.no_grad()
 def float_means(
     model: nn.Module, samples: Samples, engine: Engine = Engine(), *, halves: bool = False
@@ -88,21 +83,35 @@ def float_means(
     for unit in track(chain.units, "float statistics", unit="block"):
         found: dict[str, PositionSums] = {}
         with on_device(engine.device, unit.module):
-            hooks = {g[0].module: _add_input(stream, found, g[0].name) for g in linears(unit)}
-            with hooked(hooks, inputs=True):
-                stream.advance(unit.module)
-        for name, sums in found.items():
-            means[name] = sums.as_stored()
+            input_sums(unit, stream, found, whole=unit is not chain.units[-1])
+        means |= {name: sums.as_stored() for name, sums in found.items()}
     return means
 
 
-def _add_input(stream: Stream, sums: dict[str, PositionSums], name: str) -> Any:
-    return lambda module, args, kwargs: stream.add(sums, name, args[0])
+@dataclass
+class Collection:
+    """Sums of the Linears' float inputs that :func:`calibrate` leaves for :func:`compensate` as it passes there.
+
+    They are those of :func:`float_means`. The first block's come from the quantizer's own pass; the later ones take the
+    float blocks beside the quantized ones.
+
+    Attributes:
+        halves: Keep the sums of half the samples besides, as granularities ``shrink`` and ``lowrank`` need them.
+        sums: Filled by name of the first Linear of each group.
+    """
+
+    halves: bool = False
+    sums: dict[str, PositionSums] = field(default_factory=dict)
 
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module, quantizer: Quantizer, samples: Samples | None, engine: Engine = Engine()
+    model: nn.Module,
+    quantizer: Quantizer,
+    samples: Samples | None,
+    engine: Engine = Engine(),
+    *,
+    collect: Collection | None = None,
 ) -> dict[str, SiteResult]:
     """Find how every site is quantized, without changing the model.
 
@@ -115,12 +124,13 @@ def calibrate(
         quantizer: The quantizer.
         samples: Calibration samples; may be None for a quantizer that needs no data.
         engine: How to run.
+        collect: Gets sums of the Linears' inputs; only with a quantizer that needs their second moments.
 
     Returns:
         Name of each site → how it is quantized, on the CPU.
 
     Raises:
-        UserError: The model is quantized already, or samples are missing.
+        UserError: The model is quantized already, samples are missing, or sums are asked for where there are none.
         QuantizationError: By site name, where no valid result was found.
     """
     chain = chain_of(model)
@@ -134,22 +144,62 @@ def calibrate(
             )
         assert samples is not None
         return calibrate_sites(chain, quantizer, engine.capture(chain, samples), engine.device)
+    if collect is not None and (not quantizer.needs_hessian or quantizer.tokens):
+        raise UserError(
+            f"collect: quantizer {quantizer.name!r} takes no second moments of all samples; use float_means"
+        )
     results: dict[str, SiteResult] = {}
     stream = None
     if quantizer.needs_data and samples is not None:
         stream = engine.capture(chain, leading(samples, quantizer.tokens) if quantizer.tokens else samples)
-    for i, unit in enumerate(track(chain.units, f"{quantizer.name} {quantizer.bits.label}", unit="block")):
+        stream.halves = collect is not None and collect.halves
+    walk = _Walk(quantizer, stream, collect)
+    for unit in track(chain.units, f"{quantizer.name} {quantizer.bits.label}", unit="block"):
         with on_device(engine.device, unit.module):
-            found = _calibrate_unit(quantizer, unit, stream)
-            if stream and i + 1 < len(chain.units):
-                modules = {site.name: site.module for site in unit.sites}
-                fed = found if quantizer.stream == "quantized" else {}
-                with installed((modules[name], result) for name, result in fed.items()):
-                    stream.advance(unit.module)
+            found = walk.unit(unit, last=unit is chain.units[-1])
         for name, result in found.items():
             _to_cpu(result.weight)
             results[name] = result
     return results
+
+
+class _Walk:
+    """Calibration of one unit after another.
+
+    Attributes:
+        stream: Feeds the quantizer; None where it needs no data.
+        exact: The float stream, beside a quantized one, where float inputs are collected.
+    """
+
+    def __init__(self, quantizer: Quantizer, stream: Stream | None, collect: Collection | None) -> None:
+        self.quantizer, self.stream, self.collect = quantizer, stream, collect
+        self.exact: Stream | None = None
+
+    def unit(self, unit: Unit, *, last: bool) -> dict[str, SiteResult]:
+        """Results of a unit's Linears by name; the unit is not changed, the streams move past it if they have to."""
+        hessians: dict[str, Tensor] = {}
+        if self.stream is not None and self.quantizer.needs_hessian:
+            hessians = self._second_moments(unit, self.stream, last)
+        found = _calibrate_unit(self.quantizer, unit, self.stream, hessians)
+        if self.stream is not None and not last:
+            modules = {site.name: site.module for site in unit.sites}
+            fed = found if self.quantizer.stream == "quantized" else {}
+            with installed((modules[name], result) for name, result in fed.items()):
+                self.stream.advance(unit.module)
+        return found
+
+    def _second_moments(self, unit: Unit, stream: Stream, last: bool) -> dict[str, Tensor]:
+        if self.collect is None:
+            return second_moments(unit, stream)
+        sums: dict[str, PositionSums] = {}
+        if self.exact is None:  # nothing is quantized yet: what the quantizer sees is the float model's
+            self.exact = stream.empty()
+            hessians = second_moments(unit, stream, sums, None if last else self.exact)
+        else:
+            hessians = second_moments(unit, stream)
+            input_sums(unit, self.exact, sums, whole=not last)
+        self.collect.sums |= {name: found.as_stored() for name, found in sums.items()}
+        return hessians
 
 
 def _require_float(model: nn.Module) -> None:
@@ -157,14 +207,15 @@ def _require_float(model: nn.Module) -> None:
         raise UserError("model: it is quantized already; load the float model again")
 
 
-def _calibrate_unit(quantizer: Quantizer, unit: Unit, stream: Stream | None) -> dict[str, SiteResult]:
+def _calibrate_unit(
+    quantizer: Quantizer, unit: Unit, stream: Stream | None, hessians: dict[str, Tensor]
+) -> dict[str, SiteResult]:
     """Results of every Linear of a unit, by name; the unit is not changed."""
-    hessians = second_moments(unit, stream) if stream and quantizer.needs_hessian else {}
     found: dict[str, SiteResult] = {}
     for i, sites in enumerate(linears(unit)):
         weights: dict[str, Any] = {unit.path(site): site.module.weight for site in sites}
         names = {unit.path(site): site.name for site in sites}
-        group = Group({path: weight.data for path, weight in weights.items()}, hessians.get(sites[0].name))
+        group = Group({path: weight.data for path, weight in weights.items()}, hessians.pop(sites[0].name, None))
         for path, weight in group.weights.items():
             if not bool(torch.isfinite(weight).all()):
                 raise QuantizationError(f"{names[path]}: the weight holds NaN or Inf; check the checkpoint")
@@ -189,34 +240,6 @@ def _to_cpu(weight: Any) -> None:
     for key, value in vars(weight).items():
         if isinstance(value, Tensor):
             setattr(weight, key, value.cpu())
-
-
-def second_moments(unit: Unit, stream: Stream) -> dict[str, Tensor]:
-    """Mean of x xᵀ of the inputs of each group of Linears, fp32, by the first one's name; the stream stays."""
-    found: dict[str, Tensor] = {}
-    tokens: dict[str, int] = {}
-    hooks: dict[nn.Module, Any] = {}
-    for group in linears(unit):
-        module: Any = group[0].module
-        key = group[0].name
-        found[key] = torch.zeros(module.in_features, module.in_features, device=module.weight.device)
-        tokens[key] = 0
-
-        def add(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], key: str = key) -> None:
-            x = args[0].reshape(-1, args[0].shape[-1])
-            if stream.call.valid is not None:
-                x = x[stream.call.valid.reshape(-1)]
-            x = x.float()
-            found[key].addmm_(x.T, x)
-            tokens[key] += len(x)
-
-        hooks[module] = add
-    with hooked(hooks, inputs=True):
-        for b in range(len(stream)):
-            stream.run(unit.module, b)
-    for key, matrix in found.items():
-        matrix /= tokens[key]
-    return found
 
 
 @torch.no_grad()

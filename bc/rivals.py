@@ -79,11 +79,11 @@ def _pairs(fit: Fit, unit: Unit, source: nn.Module, sites: list[Site], b: int) -
     assert fit.float_fit is not None
     regions = [Region(unit.path(site), unit.path(site)) for site in sites]
     goals = [Captured(source, region) for region in regions]
-    run_captured(fit.float_fit, source, b, goals)
+    run_captured(fit.float_fit, source, b, goals, whole=False)
     if fit.settings.stream == "quantized":
         assert fit.quantized_fit is not None
         got = [Captured(unit.module, region) for region in regions]
-        run_captured(fit.quantized_fit, unit.module, b, got)
+        run_captured(fit.quantized_fit, unit.module, b, got, whole=False)
         return [(site, goal.output, part.output) for site, goal, part in zip(sites, goals, got, strict=True)]
     return [(site, goal.output, site.module(*goal.args)) for site, goal in zip(sites, goals, strict=True)]
 
