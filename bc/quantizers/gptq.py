@@ -9,8 +9,8 @@ earlier column's update, and dead inputs (H_jj = 0) are zeroed before any scale 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from bc.device import cpu_threads
 from bc.errors import QuantizationError, UserError
 from bc.grid import Grid, QuantizedWeight, decode, encode, fit_range, group_index, weight_parameters
-from bc.quantizers.base import Quantizer, SiteResult
+from bc.quantizers.base import Group, Quantizer, SiteResult
 from bc.settings import Bits
 
 MAX_DAMPING = 1.0
@@ -95,15 +95,35 @@ class GPTQ(Quantizer):
         super().__init__(bits, options)
         self.grid = Grid(bits.weight, options.symmetric, bits.group_size, "row", options.clip)
 
+    def quantize_group(self, group: Group) -> dict[str, SiteResult]:
+        """All Linears of a group at once: they share the second moment, and rows do not see each other."""
+        heights = [len(weight) for weight in group.weights.values()]
+        quantized, notes = self._solve(torch.cat(list(group.weights.values())), group.hessian)
+        results, start = {}, 0
+        for path, height in zip(group.weights, heights, strict=True):
+            results[path] = SiteResult(rows_of(quantized, start, start + height), notes=dict(notes))
+            start += height
+        return results
+
     def quantize_weight(self, weight: Tensor, hessian: Tensor | None) -> SiteResult:
         """See :meth:`bc.quantizers.base.Quantizer.quantize_weight`."""
+        quantized, notes = self._solve(weight, hessian)
+        return SiteResult(quantized, notes=notes)
+
+    def _solve(self, weight: Tensor, hessian: Tensor | None) -> tuple[QuantizedWeight, dict[str, Any]]:
         if hessian is None:
             raise QuantizationError("GPTQ needs the second moment of the inputs")
         o = self.options
         quantized, tried = gptq(
             weight, hessian, self.grid, o.damping, o.block_size, act_order=o.act_order, static_groups=o.static_groups
         )
-        return SiteResult(quantized, notes={"damping": tried[-1], "damping_retries": len(tried) - 1})
+        return quantized, {"damping": tried[-1], "damping_retries": len(tried) - 1}
+
+
+def rows_of(weight: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
+    """Some rows of a quantized matrix with scales per row, in memory of their own."""
+    parts = {name: getattr(weight, name)[start:stop].clone() for name in ("codes", "scale", "zero_point")}
+    return replace(weight, **parts, group=weight.group.clone())
 
 
 def gptq(
@@ -169,28 +189,30 @@ def gptq(
 def _sweep(
     w: Tensor, upper: Tensor, grid: Grid, scale: Tensor, zero: Tensor, group: Tensor, block_size: int, dynamic_size: int
 ) -> Tensor:
-    """Visit the columns in order; fills ``scale`` and ``zero`` of dynamic groups, overwrites w, returns the codes."""
+    """Visit the columns in order; fills ``scale`` and ``zero`` of dynamic groups, returns the codes."""
     columns = w.shape[1]
+    w = w.T.contiguous()  # a column at a time is read and written: let it lie in one piece
     codes = torch.empty_like(w, dtype=torch.uint8)
     group_of = group.tolist()
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
-        errors = torch.zeros_like(w[:, start:stop])
+        errors = torch.zeros_like(w[start:stop])
         with cpu_threads(1):
+            diagonal = upper.diagonal()[start:stop].tolist()
             for j in range(start, stop):
                 g = group_of[j]
                 if dynamic_size and j % dynamic_size == 0:
-                    current = w[:, j : j + dynamic_size].clone()
+                    current = w[j : j + dynamic_size].clone()
                     if j + dynamic_size > stop:  # columns past this block have not had this block's updates yet
                         late = slice(stop, min(j + dynamic_size, columns))
-                        current[:, stop - j :] -= errors[:, : j - start] @ upper[start:j, late]
-                    s, z = fit_range(current, grid.bits, grid.symmetric, grid.clip)
+                        current[stop - j :] -= upper[start:j, late].T @ errors[: j - start]
+                    s, z = fit_range(current.T, grid.bits, grid.symmetric, grid.clip)
                     scale[:, g : g + 1], zero[:, g : g + 1] = s, z
                 s, z = scale[:, g], zero[:, g]
-                q = encode(w[:, j], s, z, grid.bits)
-                codes[:, j] = q.to(torch.uint8)
-                error = (w[:, j] - decode(q, s, z)) / upper[j, j]
-                w[:, j + 1 : stop].addr_(error, upper[j, j + 1 : stop], alpha=-1)
-                errors[:, j - start] = error
-        w[:, stop:] -= errors @ upper[start:stop, stop:]
-    return codes
+                q = encode(w[j], s, z, grid.bits)
+                codes[j] = q
+                error = (w[j] - decode(q, s, z)).div_(diagonal[j - start])
+                w[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
+                errors[j - start] = error
+        w[stop:] -= upper[start:stop, stop:].T @ errors
+    return codes.T.contiguous()

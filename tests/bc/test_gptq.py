@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from bc.errors import QuantizationError, UserError
 from bc.grid import Grid, quantize_weight
 from bc.quantizers import create
+from bc.quantizers.base import Group
 from bc.quantizers.gptq import gptq, inverse_factor
 from bc.settings import Bits
 
@@ -327,3 +330,20 @@ def test_options_reach_the_algorithm():
     result = create("gptq", Bits(3, 16, 5), symmetric=True, act_order=True, static_groups=True, damping=0.05)
     expected = oracle(weight, hessian, 3, 5, symmetric=True, act_order=True, static_groups=True, damping=0.05)
     assert agree(result.quantize_weight(weight, hessian).weight.dequantize(), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"act_order": True}, {"static_groups": True}, {"clip": "mse"}])
+@pytest.mark.parametrize("bits", ["w3", "w3g8"])
+def test_linears_of_one_input_together_are_as_one_by_one(bits: str, options: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(7)
+    weights = {name: torch.randn(rows, 24, generator=generator) for name, rows in (("q", 6), ("k", 1), ("v", 10))}
+    x = torch.randn(200, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
+    quantizer, hessian = create("gptq", Bits.parse(bits), **options), x.T @ x / len(x)
+    found = quantizer.quantize_group(Group(weights, hessian))
+    assert list(found) == list(weights)
+    for name, weight in weights.items():
+        alone, together = quantizer.quantize_weight(weight, hessian), found[name]
+        assert together.notes == alone.notes
+        assert torch.equal(together.weight.group, alone.weight.group)  # type: ignore[union-attr]
+        torch.testing.assert_close(together.weight.dequantize(), alone.weight.dequantize(), atol=1e-6, rtol=1e-6)  # type: ignore[union-attr]
+        assert together.weight.storage_bits() == alone.weight.storage_bits()  # type: ignore[union-attr]
