@@ -7,8 +7,8 @@ keep what every sample scored; the table that it writes, ``tables/EXPERIMENT_pai
 
 from __future__ import annotations
 
-import argparse
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from bc.errors import UserError
 from bc.settings import Compensation
+from experiments.arguments import EXPERIMENT, OVERRIDES, reading_command
 from experiments.compose import load_experiment
 from experiments.config import CellConfig
 from experiments.identity import bc_name, cell_hash, weights_hash, with_seed
@@ -171,22 +172,16 @@ def markdown(name: str, title: str, rows: Sequence[Paired]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.compare", description="Paired comparison.")
-    parser.add_argument("experiment", help="name of a file in conf/experiment")
-    parser.add_argument("overrides", nargs="*", help="overrides that the experiment was run with")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="results directory (default: results)")
-    options = parser.parse_intermixed_args(arguments)
-    try:
+
+    def act(options: Namespace) -> list[Path]:
         section, _ = load_experiment(options.experiment, options.overrides)
         rows = rows_of(options.experiment, options.overrides, options.results)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    stem = options.results / "tables" / f"{options.experiment}_paired"
-    write_text(stem.with_suffix(".md"), markdown(options.experiment, section.title, rows))
-    write_text(stem.with_suffix(".csv"), frame_of(rows).to_csv(index=False, lineterminator="\n"))
-    print(stem.with_suffix(".md"), stem.with_suffix(".csv"), sep="\n")
-    return 0
+        stem = options.results / "tables" / f"{options.experiment}_paired"
+        write_text(stem.with_suffix(".md"), markdown(options.experiment, section.title, rows))
+        write_text(stem.with_suffix(".csv"), frame_of(rows).to_csv(index=False, lineterminator="\n"))
+        return [stem.with_suffix(".md"), stem.with_suffix(".csv")]
+
+    return reading_command("compare", "Paired comparison.", act, [EXPERIMENT, OVERRIDES], arguments)
 
 
 if __name__ == "__main__":
