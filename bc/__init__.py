@@ -9,7 +9,7 @@ Three lines::
 Everything that is not named here is private to the package and may change.
 """
 
-from bc.api import accuracy, load, open, perplexity, quantize, save
+from bc.api import accuracies, accuracy, load, open, perplexity, quantize, save
 from bc.compensation import BiasCompensation
 from bc.errors import QuantizationError, UserError
 from bc.models import load_tokenizer
@@ -18,6 +18,7 @@ __all__ = [
     "BiasCompensation",
     "QuantizationError",
     "UserError",
+    "accuracies",
     "accuracy",
     "load",
     "load_tokenizer",

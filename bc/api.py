@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from bc.calibration import Samples
 from bc.chains import chain_of, check_scopes, is_vision
 from bc.checkpoint import open_model, save_model
 from bc.errors import UserError
-from bc.evaluation import Accuracy, evaluate_accuracy, evaluate_perplexity
+from bc.evaluation import Accuracy, evaluate_accuracies, evaluate_accuracy, evaluate_perplexity
 from bc.pipeline import Collection, Engine, calibrate, compensate
 from bc.report import Report
 from bc.settings import REGULARISED, Bits, Compensation
@@ -118,6 +118,19 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, devi
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     """
     return evaluate_accuracy(model, batches, Engine(devices.resolve(device)))
+
+
+def accuracies(
+    models: Mapping[str, nn.Module], batches: Iterable[tuple[Tensor, Tensor]], *, device: str = "auto"
+) -> dict[str, Accuracy]:
+    """Accuracy of several vision models in one pass; see :func:`bc.evaluation.evaluate_accuracies`.
+
+    Args:
+        models: Name → classifier on the CPU, the float model and its quantized copies for example.
+        batches: As for :func:`accuracy`.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    """
+    return evaluate_accuracies(models, batches, Engine(devices.resolve(device)))
 
 
 def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Path:

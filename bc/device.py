@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 
-from bc.errors import UserError
+from bc.errors import UserError, unknown
 
 ANY = ("auto", "cuda")  # names that leave the choice among several GPUs open
+MATMUL = ("highest", "high", "medium")
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 def visible() -> list[str]:
@@ -132,8 +134,33 @@ def cpu_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def make_deterministic() -> None:
-    """Fix the arithmetic policy: full fp32 matmuls (no TF32) and deterministic convolution algorithms."""
-    torch.set_float32_matmul_precision("highest")
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def set_arithmetic(matmul: str = "highest", *, deterministic: bool = False) -> None:
+    """Fix the arithmetic policy of this process; convolution algorithms are deterministic always.
+
+    Args:
+        matmul: Precision of fp32 matmuls and convolutions as PyTorch names it: ``highest`` (fp32 throughout), ``high``
+            (TF32 where the device has it) or ``medium`` (bfloat16 where it has that, otherwise as ``high``).
+        deterministic: Refuse operations whose results vary from run to run. A GPU's has to be set before it is used.
+
+    Raises:
+        UserError: The precision is unknown, or the GPU is in use already.
+    """
+    if matmul not in MATMUL:
+        raise unknown("matmul", matmul, MATMUL)
+    if deterministic:
+        if torch.cuda.is_initialized() and _WORKSPACE not in os.environ:
+            raise UserError(
+                "deterministic: a GPU is in use already; set it before the first use, or set "
+                f"{_WORKSPACE}=:4096:8 in the environment"
+            )
+        os.environ.setdefault(_WORKSPACE, ":4096:8")  # without a workspace of its own cuBLAS is not deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32 = matmul != "highest"  # PyTorch's default is TF32
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True

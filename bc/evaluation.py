@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -133,7 +133,33 @@ class Accuracy:
         return len(self.right)
 
 
-@torch.no_grad()
+@dataclass
+class _Tally:
+    """What a model has scored so far."""
+
+    right: list[bool] = field(default_factory=list)
+    five: int = 0
+    loss: float = 0.0
+
+    def add(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
+        """Score one more batch, which is on the model's device."""
+        images = images.to(next(model.parameters()).dtype)
+        scores = model(images).float()
+        if bool(scores.isnan().any()):
+            raise not_finite(model, [partial(model, images)])
+        ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
+        self.right += ranked[:, 0].tolist()
+        self.five += int(ranked.any(1).sum())
+        self.loss += cross_entropy(scores, labels, reduction="sum").item()
+
+    def accuracy(self) -> Accuracy:
+        """Of all batches."""
+        samples = len(self.right)
+        if not samples:
+            raise UserError("data: there are no images to score; give at least one batch")
+        return Accuracy(100 * sum(self.right) / samples, 100 * self.five / samples, self.loss / samples, (*self.right,))
+
+
 def evaluate_accuracy(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], engine: Engine | None = None, total: int | None = None
 ) -> Accuracy:
@@ -149,22 +175,45 @@ def evaluate_accuracy(
         UserError: There are no images.
         FloatingPointError: A logit is NaN; by the name of the module where that begins.
     """
-    engine = engine or Engine()
-    right: list[bool] = []
-    five = 0
-    loss = 0.0
-    dtype = next(model.parameters()).dtype
-    with on_device(engine.device, model):
+    return evaluate_accuracies({"": model}, batches, engine, total)[""]
+
+
+@torch.no_grad()
+def evaluate_accuracies(
+    models: Mapping[str, nn.Module],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    engine: Engine | None = None,
+    total: int | None = None,
+) -> dict[str, Accuracy]:
+    """Accuracy of several models, the float one and its quantized copies say, in one pass: a batch is decoded once.
+
+    Models that fit on the device together stay there; of others each visits it for every batch.
+
+    Args:
+        models: Name → classifier on the CPU; all take the same images.
+        batches: As for :func:`evaluate_accuracy`.
+        engine: Device.
+        total: Number of batches, for the progress bar.
+
+    Returns:
+        Name → what :func:`evaluate_accuracy` gives.
+
+    Raises:
+        UserError: There are no models or no images.
+        FloatingPointError: A logit is NaN; by the names of the model and of the module where that begins.
+    """
+    if not models:
+        raise UserError("models: there are none to score; give at least one")
+    device = (engine or Engine()).device
+    tallies = {name: _Tally() for name in models}
+    together = len(models) == 1 or _fits(nn.ModuleList(models.values()), device)
+    with on_device(device, *(models.values() if together else ())):
         for images, labels in track(batches, "accuracy", total=total, unit="batch"):
-            scores = model(images.to(engine.device, dtype)).float()
-            labels = labels.to(engine.device)
-            if bool(scores.isnan().any()):
-                raise not_finite(model, [partial(model, images.to(engine.device, dtype))])
-            ranked = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
-            right += ranked[:, 0].tolist()
-            five += int(ranked.any(1).sum())
-            loss += cross_entropy(scores, labels, reduction="sum").item()
-    samples = len(right)
-    if not samples:
-        raise UserError("data: there are no images to score; give at least one batch")
-    return Accuracy(100 * sum(right) / samples, 100 * five / samples, loss / samples, tuple(right))
+            images, labels = images.to(device), labels.to(device)
+            for name, model in models.items():
+                with on_device(device, *(() if together else (model,))):
+                    try:
+                        tallies[name].add(model, images, labels)
+                    except FloatingPointError as error:
+                        raise FloatingPointError(f"{name}: {error}" if name else str(error)) from error
+    return {name: tally.accuracy() for name, tally in tallies.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from bc.quantizers.base import SiteResult
 
 
 def install(module: nn.Module, result: SiteResult, device: torch.device | None = None) -> None:
-    """Quantize a site from now on: its weight, and its inputs where they have quantizers.
+    """Quantize a site from now on: its weight, and its inputs where they have quantizers, of which it gets copies.
 
     Args:
         module: The site.
@@ -25,7 +26,7 @@ def install(module: nn.Module, result: SiteResult, device: torch.device | None =
         weight: Any = module.weight
         weight.data = result.weight.dequantize().to(weight).view_as(weight)
     if result.inputs:
-        child = attach_quantizers(module, result.inputs)
+        child = attach_quantizers(module, copy.deepcopy(result.inputs))  # copies of a model are not to share them
         known = device or next((parameter.device for parameter in module.parameters()), None)
         if known is not None:
             child.to(known)

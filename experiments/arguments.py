@@ -1,9 +1,12 @@
-"""Small commands that take ``key=value`` arguments."""
+"""What small commands have in common: those that take ``key=value``, and those that read a results directory."""
 
 from __future__ import annotations
 
+import argparse
+import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
@@ -12,8 +15,12 @@ from omegaconf.errors import OmegaConfBaseException
 from bc.checkpoint import DamagedFileError
 from bc.errors import UserError
 from bc.settings import build_dataclass
+from experiments.disk import one_line_disk_errors
 
 T = TypeVar("T")
+Argument = tuple[str, dict[str, Any]]  # what argparse's add_argument takes
+EXPERIMENT: Argument = ("experiment", {"help": "name of a file in conf/experiment"})
+OVERRIDES: Argument = ("overrides", {"nargs": "*", "help": "overrides that the experiment was run with"})
 
 
 def command(name: str, config: type[T], act: Callable[[T], str], arguments: Sequence[str] | None = None) -> int:
@@ -40,5 +47,41 @@ def command(name: str, config: type[T], act: Callable[[T], str], arguments: Sequ
         print(act(build_dataclass(config, values, name)))
     except (UserError, DamagedFileError, OmegaConfBaseException, yaml.YAMLError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def reading_command(
+    name: str,
+    description: str,
+    act: Callable[[argparse.Namespace], Iterable[object]],
+    own: Sequence[Argument],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Read arguments, ``--results`` among them, and print what comes of them line by line.
+
+    Args:
+        name: Of the module in this package.
+        description: One sentence for ``--help``.
+        act: What to do with the arguments; gives what to print.
+        own: Arguments beside ``--results``.
+        arguments: Of the process by default.
+
+    Returns:
+        0, or 2 for a mistake in the input or a disk that is full, which is one line on standard error.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m experiments.{name}", description=description)
+    for flag, facts in own:
+        parser.add_argument(flag, **facts)
+    parser.add_argument("--results", type=Path, default=Path("results"), help="results directory (default: results)")
+    options = parser.parse_intermixed_args(arguments)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("experiments").setLevel(logging.INFO)
+    try:
+        with one_line_disk_errors("--results"):
+            for line in act(options):
+                print(line)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -271,7 +271,7 @@ def say_short_groups(model: Any, cell: CellConfig) -> None:
 def make_engine(run: RunConfig) -> pipeline.Engine:
     """The engine on its device, with the fixed arithmetic policy."""
     config = run.engine
-    devices.make_deterministic()
+    devices.set_arithmetic(config.matmul, deterministic=config.deterministic)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     batch_size = config.batch_size or BATCH[run.cell.domain]

@@ -8,8 +8,8 @@ and over the seeds. Needs the result files, which keep what every sample scored;
 
 from __future__ import annotations
 
-import argparse
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from bc.errors import UserError
 from bc.settings import Compensation
+from experiments.arguments import EXPERIMENT, OVERRIDES, Argument, reading_command
 from experiments.compose import load_experiment
 from experiments.config import CellConfig
 from experiments.identity import bc_name, cell_hash, weights_hash, with_seed
@@ -29,6 +30,10 @@ from experiments.store import all_results
 from experiments.tables import distinct
 
 DRAWS = 10_000
+AGAINST: Argument = (
+    "--against",
+    {"default": "off", "help": "setting to compare with (default: off, no compensation)"},
+)
 LEVEL = 0.95
 HEAD = (
     "Difference of {what} from {against}, sample by sample, mean over seeds; in brackets the 95 % interval "
@@ -195,24 +200,18 @@ def markdown(name: str, title: str, rows: Sequence[Paired], against: str = "off"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.compare", description="Paired comparison.")
-    parser.add_argument("experiment", help="name of a file in conf/experiment")
-    parser.add_argument("overrides", nargs="*", help="overrides that the experiment was run with")
-    parser.add_argument("--against", default="off", help="setting to compare with (default: off, no compensation)")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="results directory (default: results)")
-    options = parser.parse_intermixed_args(arguments)
-    try:
+
+    def act(options: Namespace) -> list[Path]:
         section, _ = load_experiment(options.experiment, options.overrides)
         rows = rows_of(options.experiment, options.overrides, options.results, options.against)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    ending = "paired" if options.against == "off" else f"paired_{options.against}"
-    stem = options.results / "tables" / f"{options.experiment}_{ending}"
-    write_text(stem.with_suffix(".md"), markdown(options.experiment, section.title, rows, options.against))
-    write_text(stem.with_suffix(".csv"), frame_of(rows).to_csv(index=False, lineterminator="\n"))
-    print(stem.with_suffix(".md"), stem.with_suffix(".csv"), sep="\n")
-    return 0
+        ending = "paired" if options.against == "off" else f"paired_{options.against}"
+        stem = options.results / "tables" / f"{options.experiment}_{ending}"
+        write_text(stem.with_suffix(".md"), markdown(options.experiment, section.title, rows, options.against))
+        write_text(stem.with_suffix(".csv"), frame_of(rows).to_csv(index=False, lineterminator="\n"))
+        return [stem.with_suffix(".md"), stem.with_suffix(".csv")]
+
+    own = [EXPERIMENT, OVERRIDES, AGAINST]
+    return reading_command("compare", "Paired comparison.", act, own, arguments)
 
 
 if __name__ == "__main__":

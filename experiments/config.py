@@ -56,6 +56,7 @@ class Numerics:
     """
 
     activations_dtype: Literal["float32", "bfloat16"] | None = None
+    matmul: Literal["highest", "high", "medium"] = "highest"
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class EngineConfig:
     activations: Literal["device", "host", "disk"] = "host"
     activations_dtype: Literal["float32", "bfloat16"] | None = None
     memory_mib: int | None = None
+    matmul: Literal["highest", "high", "medium"] = "highest"
+    deterministic: bool = False
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -208,7 +211,7 @@ def engine_config(values: Mapping[str, Any]) -> EngineConfig:
 def numerics_of(engine: EngineConfig, model: ModelConfig) -> Numerics:
     """The engine's share in what determines results."""
     lossless = engine.activations_dtype in ("float32", model.dtype)
-    return Numerics(None if lossless else engine.activations_dtype)
+    return Numerics(None if lossless else engine.activations_dtype, engine.matmul)
 
 
 def report_config(values: Mapping[str, Any], domain: str) -> ReportConfig:

@@ -6,7 +6,6 @@ their time counts once for each quantizer, bit width and seed.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import pandas as pd
 
 from bc.errors import UserError
 from experiments import frame
-from experiments.disk import one_line_disk_errors
+from experiments.arguments import reading_command
 from experiments.records import FILE, write_text
 
 NAME = "costs.md"
@@ -42,22 +41,24 @@ def table(rows: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_costs(results: Path) -> Path:
+    """Write the table.
+
+    Raises:
+        UserError: There is no row to show.
+    """
+    rows = frame.load(results)
+    if rows.empty:
+        raise UserError(f"costs: {results / FILE} has no rows; run an experiment first")
+    write_text(results / NAME, HEAD + table(rows))
+    return results / NAME
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.costs", description="Write what experiments cost.")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="results directory (default: results)")
-    options = parser.parse_args(arguments)
-    try:
-        rows = frame.load(options.results)
-        if rows.empty:
-            raise UserError(f"costs: {options.results / FILE} has no rows; run an experiment first")
-        with one_line_disk_errors("--results"):
-            write_text(options.results / NAME, HEAD + table(rows))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(options.results / NAME)
-    return 0
+    return reading_command(
+        "costs", "Write what experiments cost.", lambda options: [write_costs(options.results)], [], arguments
+    )
 
 
 if __name__ == "__main__":

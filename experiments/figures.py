@@ -16,8 +16,8 @@ for, each as PNG and SVG under ``results/figures``:
 
 from __future__ import annotations
 
-import argparse
 import sys
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ import pandas as pd
 
 from bc.errors import UserError, unknown
 from experiments import comparisons, frame, plots
-from experiments.disk import one_line_disk_errors
+from experiments.arguments import reading_command
 from experiments.style import save, styled
 
 if TYPE_CHECKING:
@@ -82,21 +82,13 @@ def draw_all(names: Sequence[str], results: Path) -> Iterator[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.figures", description="Draw results from cells.csv.")
-    parser.add_argument(
-        "experiments", nargs="*", help="names of files in conf/experiment; all that have rows if absent"
-    )
-    parser.add_argument("--results", type=Path, default=Path("results"), help="results directory (default: results)")
-    options = parser.parse_intermixed_args(arguments)
-    names = [name for name in options.experiments if "=" not in name]  # `make demo ARGS=…` hands overrides on
-    try:
-        with one_line_disk_errors("--results"):
-            for line in draw_all(names, options.results):
-                print(line)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    named = {"nargs": "*", "help": "names of files in conf/experiment; all that have rows if absent"}
+
+    def act(options: Namespace) -> Iterator[str]:
+        names = [name for name in options.experiments if "=" not in name]  # `make demo ARGS=…` hands overrides on
+        return draw_all(names, options.results)
+
+    return reading_command("figures", "Draw results from cells.csv.", act, [("experiments", named)], arguments)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from bc import device as devices
 from bc.errors import UserError
 from experiments.store import write_json
-from experiments.sweep import DEVICE, OUTCOME, Outcome, read_outcome, say
+from experiments.sweep import DEVICE, OUTCOME, THREADS, Outcome, read_outcome, say
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,9 @@ def run_locally(
         raise UserError(f"cells_at_once: {slots} is not allowed; use 1 or more, or null for one a GPU")
     if launcher.config.engine.device not in devices.ANY:
         gpus = []  # a certain device was asked for: every process sees them all
+    # all cores for each of several processes would be too many threads; OMP_NUM_THREADS is the user's own choice
+    shared = slots > 1 and "OMP_NUM_THREADS" not in os.environ
+    threads = str(max(1, devices.cores() // slots)) if shared else None
     executor = make_executor(launcher)
     errors = Path(str(launcher.config.hydra.sweep.dir)) / "submitit.log"
     waiting = deque(enumerate(overrides, first))
@@ -58,7 +61,7 @@ def run_locally(
                 if slot not in running and waiting:
                     number, own = waiting.popleft()
                     gpu = gpus[slot % len(gpus)] if gpus else None
-                    with _environment(DEVICE, gpu), _errors_to(errors):
+                    with _environment(DEVICE, gpu), _environment(THREADS, threads), _errors_to(errors):
                         running[slot] = number, executor.submit(launcher, *job_arguments(own, number))
             time.sleep(POLL)
             for slot, (number, job) in [item for item in running.items() if item[1][1].done()]:

@@ -7,7 +7,6 @@ It is made from ``cells.csv``, ``results/figures`` and ``results/published``; wh
 
 from __future__ import annotations
 
-import argparse
 import base64
 import json
 import sys
@@ -21,7 +20,7 @@ from markupsafe import Markup
 
 from bc.errors import UserError
 from experiments import frame
-from experiments.disk import one_line_disk_errors
+from experiments.arguments import reading_command
 from experiments.records import FILE, write_text
 from experiments.report_tables import (
     cell_name,
@@ -64,9 +63,8 @@ def write_report(results: Path) -> Path:
     rows = frame.load(results)
     if rows.empty:
         raise UserError(f"report: {results / FILE} has no rows; run an experiment, then python -m experiments.tables")
-    with one_line_disk_errors("--results"):
-        path = results / "report" / "index.html"
-        write_text(path, page(rows, results))
+    path = results / "report" / "index.html"
+    write_text(path, page(rows, results))
     return path
 
 
@@ -188,15 +186,9 @@ def embedded(value: Any) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.report", description="Write the results as one page.")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="results directory (default: results)")
-    options = parser.parse_args(arguments)
-    try:
-        print(write_report(options.results))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return reading_command(
+        "report", "Write the results as one page.", lambda options: [write_report(options.results)], [], arguments
+    )
 
 
 if __name__ == "__main__":

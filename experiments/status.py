@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-import logging
 import sys
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from bc.errors import UserError
+from experiments.arguments import OVERRIDES, reading_command
 from experiments.cell import metrics_line
 from experiments.compose import load_experiment
 from experiments.identity import cell_hash, slug
@@ -72,18 +71,13 @@ def report(found: Sequence[CellStore]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.status", description="State of every cell.")
-    parser.add_argument("experiment", nargs="?", help="name of a file in conf/experiment; all cells that ran if absent")
-    parser.add_argument("overrides", nargs="*", help="overrides that the experiment is run with")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="results directory (default: results)")
-    options = parser.parse_intermixed_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        print("\n".join(report(stores(options.results, options.experiment, options.overrides))))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    named = {"nargs": "?", "help": "name of a file in conf/experiment; all cells that ran if absent"}
+
+    def act(options: Namespace) -> list[str]:
+        return report(stores(options.results, options.experiment, options.overrides))
+
+    own = [("experiment", named), OVERRIDES]
+    return reading_command("status", "State of every cell.", act, own, arguments)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
@@ -25,6 +26,7 @@ from experiments.store import InvalidResultError, read_json, write_json
 log = logging.getLogger(__name__)
 OUTCOME = "outcome.json"
 DEVICE = "BC_DEVICE"  # environment variable: the GPU that a process of the local launcher is to use
+THREADS = "BC_THREADS"  # … and the number of its CPU threads
 
 
 class State:
@@ -45,7 +47,7 @@ class State:
 def job(config: DictConfig) -> None:
     """Run the cell of one Hydra job and leave its outcome in the job's folder."""
     State.ran = True
-    take_device()
+    take_share()
     hydra = HydraConfig.get()
     outcome = Outcome("not run") if State.stopped else _run(config, list(hydra.overrides.task))
     try:
@@ -108,10 +110,14 @@ def read_outcome(path: Path) -> Outcome | None:
         return None
 
 
-def take_device() -> None:
-    """Let a process of the local launcher see only the GPU that it was given; before any device is used."""
-    if "SUBMITIT_EXECUTOR" in os.environ and (name := os.environ.get(DEVICE)):
+def take_share() -> None:
+    """Let a process of the local launcher use only the GPU and threads that it was given; before any is used."""
+    if "SUBMITIT_EXECUTOR" not in os.environ:
+        return
+    if name := os.environ.get(DEVICE):
         devices.restrict(name)
+    if threads := os.environ.get(THREADS):
+        torch.set_num_threads(int(threads))
 
 
 def exit_code(outcomes: list[Outcome] | None, say: Callable[[str], None]) -> int:

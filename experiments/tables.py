@@ -6,20 +6,18 @@ where there are no result files, and rows without files stay.
 
 from __future__ import annotations
 
-import argparse
-import logging
 import statistics
 import sys
+from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bc.errors import UserError
+from experiments.arguments import EXPERIMENT, OVERRIDES, reading_command
 from experiments.compose import load_experiment
 from experiments.config import CellConfig, RunConfig
 from experiments.data import ImageEvaluation
-from experiments.disk import one_line_disk_errors
 from experiments.identity import cell_hash, slug, with_seed
 from experiments.published import Published, PublishedTable
 from experiments.records import FILE, Row, merge, read_rows, rows_of, write_rows
@@ -164,21 +162,13 @@ def stored_lines(name: str, overrides: Sequence[str], results: Path) -> tuple[st
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.tables", description="Rebuild cells.csv and a table.")
-    parser.add_argument("experiment", help="name of a file in conf/experiment")
-    parser.add_argument("overrides", nargs="*", help="overrides that the experiment was run with")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="results directory (default: results)")
-    parser.add_argument("--from", dest="source", choices=("files", "wandb"), default="files", help="where to read")
-    options = parser.parse_intermixed_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        with one_line_disk_errors("--results"):
-            for path in rebuild(options.experiment, options.overrides, options.results, options.source):
-                print(path)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    source = {"dest": "source", "choices": ("files", "wandb"), "default": "files", "help": "where to read"}
+
+    def act(options: Namespace) -> list[Path]:
+        return rebuild(options.experiment, options.overrides, options.results, options.source)
+
+    own = [EXPERIMENT, OVERRIDES, ("--from", source)]
+    return reading_command("tables", "Rebuild cells.csv and a table.", act, own, arguments)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ class VisionTask:
 
 def preprocessing(cell: CellConfig) -> Preprocessing:
     """The model's evaluation transform, found without its weights."""
-    return vision.preprocessing(vision.create(cell.model.name))
+    return vision.preprocessing(cell.model.name)
 
 
 def compare_float(cell: CellConfig, top1: float, *, whole: bool) -> None:

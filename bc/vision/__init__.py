@@ -145,11 +145,24 @@ def sites(model: nn.Module) -> list[Site]:
     return [site for unit in units(model) for site in unit.sites]
 
 
-def preprocessing(model: nn.Module) -> Preprocessing:
-    """The evaluation transform of a model that was loaded here or created by timm."""
+def preprocessing(model: nn.Module | str) -> Preprocessing:
+    """The evaluation transform of a model.
+
+    Args:
+        model: A model that was loaded here or created by timm, or its name as for :func:`create`.
+
+    Raises:
+        UserError: The name is unknown, or the model is not timm's and so has no transform of its own.
+    """
     from bc.vision.transforms import Preprocessing
 
-    return Preprocessing.of(model)
+    found = create(model) if isinstance(model, str) else model
+    if not getattr(found, "pretrained_cfg", None):  # timm would take ImageNet's usual values
+        raise UserError(
+            f"preprocessing: a {type(found).__name__} is no model of timm's; give a model that bc.load has loaded, "
+            "or its name"
+        )
+    return Preprocessing.of(found)
 
 
 def knows(name: str) -> bool:

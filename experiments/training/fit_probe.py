@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from safetensors.torch import load_file
 
         torch.set_num_threads(options.threads)
-        devices.make_deterministic()
+        devices.set_arithmetic()
         model = wrap(create(MODEL)).eval().requires_grad_(False)
         model.load_state_dict(load_file(vision_backbone()), strict=False)
         recipe = Recipe()

@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         torch.set_num_threads(options.threads)
-        devices.make_deterministic()
+        devices.set_arithmetic()
         device = devices.resolve(options.device)
         recipe = Recipe(epochs=options.epochs, seed=options.seed)
         model = train(options.model, recipe, options.data, device)

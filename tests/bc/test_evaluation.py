@@ -13,7 +13,7 @@ import bc
 from bc import evaluation
 from bc.diagnosis import first_not_finite
 from bc.errors import UserError
-from bc.evaluation import evaluate_accuracy, evaluate_perplexity
+from bc.evaluation import evaluate_accuracies, evaluate_accuracy, evaluate_perplexity
 from bc.pipeline import Engine
 from bc.settings import Compensation
 from tests.conftest import MAKERS, VOCABULARY, tiny_model
@@ -141,3 +141,72 @@ def test_a_sure_model_has_perplexity_one():
 def test_half_models_are_scored_in_single_precision(dtype):
     model = tiny_model("llama").to(dtype)
     assert evaluate_perplexity(model, WINDOWS) == pytest.approx(by_hand(model, WINDOWS), rel=2e-2)
+
+
+# Several models in one pass -------------------------------------------------------------------------------------------
+
+
+def classifiers() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    found = {
+        name: nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 7)).requires_grad_(False)
+        for name in ("float", "w4", "half")
+    }
+    found["half"].bfloat16()
+    return found
+
+
+def labelled(sizes: tuple[int, ...] = (5, 5, 2)) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(3)
+    return [(torch.randn(n, 3, 2, 2, generator=draw), torch.randint(0, 7, (n,), generator=draw)) for n in sizes]
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_one_pass_gives_what_separate_passes_give(together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "_fits", lambda *_: together)
+    models, batches, decoded = classifiers(), labelled(), []
+
+    def decoding():
+        for number, batch in enumerate(batches):
+            decoded.append(number)
+            yield batch
+
+    found = bc.accuracies(models, decoding(), device="cpu")
+    assert decoded == [0, 1, 2]
+    assert found == {name: bc.accuracy(model, batches, device="cpu") for name, model in models.items()}
+    assert len({accuracy.loss for accuracy in found.values()}) == 3
+    images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+    scores = models["w4"](images)
+    assert list(found["w4"].right) == (scores.argmax(1) == labels).tolist()
+    assert found["w4"].loss == pytest.approx(nn.functional.cross_entropy(scores, labels).item(), rel=1e-5)
+
+
+def test_several_models_are_moved_as_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    models, moved = classifiers(), []
+    on_device = evaluation.on_device
+
+    def moving(device, *modules):
+        moved.append(len(modules))
+        return on_device(device, *modules)
+
+    monkeypatch.setattr(evaluation, "on_device", moving)
+    evaluate_accuracies(models, labelled())
+    assert moved[0] == 3 and not any(moved[1:])
+    moved.clear()
+    monkeypatch.setattr(evaluation, "_fits", lambda *_: False)
+    evaluate_accuracies(models, labelled())
+    assert moved == [0] + 9 * [1]
+
+
+def test_of_several_models_the_one_with_nan_is_named() -> None:
+    models = classifiers()
+    next(iter(models["w4"].parameters()))[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"^w4: 1: the output"):
+        evaluate_accuracies(models, labelled())
+
+
+def test_nothing_to_score_is_refused() -> None:
+    with pytest.raises(UserError, match="models: there are none"):
+        evaluate_accuracies({}, labelled())
+    with pytest.raises(UserError, match="there are no images"):
+        evaluate_accuracies(classifiers(), [])

@@ -49,6 +49,8 @@ def test_hash_is_known() -> None:
         "engine.activations=disk",
         "engine.activations_dtype=float32",
         "engine.memory_mib=100",
+        "engine.matmul=highest",
+        "engine.deterministic=true",
         "logger=none",
         "logger.mode=online",
         "results_dir=/elsewhere",
@@ -95,6 +97,13 @@ def test_what_the_hashes_tell_apart(override: str, same_weights: bool, same_mean
     assert cell_hash(base) != cell_hash(other)
     assert (weights_hash(base) == weights_hash(other)) is same_weights
     assert (means_hash(base) == means_hash(other)) is same_means
+
+
+@pytest.mark.parametrize("matmul", ["high", "medium"])
+def test_less_precise_matmuls_count(matmul: str) -> None:
+    base, other = run("bc=sink").cell, run("bc=sink", f"engine.matmul={matmul}").cell
+    assert len({f(c) for f in (cell_hash, weights_hash, means_hash) for c in (base, other)}) == 6
+    assert scientific(other)["numerics"] == {"matmul": matmul}
 
 
 def test_narrower_activations_count_where_they_round() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bc import device as devices
 from experiments.run import tidy
 from tests.experiments import faulty
 from tests.experiments.conftest import Workspace
@@ -37,18 +38,22 @@ def test_a_killed_job_is_one_failed_cell(workspace: Workspace, tmp_path: Path) -
     assert set(states(workspace).values()) == {"complete"}
 
 
-def test_each_process_has_a_gpu_of_its_own(
+def test_each_process_has_a_gpu_and_threads_of_its_own(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """There need be none: the processes are told by name which one is theirs."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7")
     monkeypatch.setenv("SEEN", str(tmp_path))
-    sweep = faulty.start(tidy(workspace.arguments("llama", *SWEEP, "engine.device=auto")))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    more = ("engine.device=auto", "engine.threads=null")
+    sweep = faulty.start(tidy(workspace.arguments("llama", *SWEEP, *more)))
     output, errors = sweep.communicate(timeout=faulty.PATIENCE)
     assert sweep.returncode == 0, errors
     assert "2 complete" in output
     seen = {path.name: path.read_text() for path in tmp_path.glob("seen-*")}
     assert seen == {"seen-0": "5", "seen-1": "GPU-7"}
+    results = [json.loads((c / "result.json").read_text()) for c in workspace.cells()]
+    assert [r["provenance"]["threads"] for r in results] == [max(1, devices.cores() // 2)] * 2
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from bc import device as devices
 from bc.errors import QuantizationError
 from experiments import language
+from experiments.records import rows_of
 from experiments.run import tidy
 from tests.experiments.conftest import Workspace
 
@@ -77,6 +80,28 @@ def test_float_cell_is_one_whatever_the_seed(workspace: Workspace) -> None:
     result = json.loads((folder / "result.json").read_text())
     assert result["config"]["calibration"] is None
     assert result["bits_per_weight"] == pytest.approx(32, rel=0.1)
+
+
+def test_unusual_numerics_make_another_cell_and_are_recorded(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    rtn = ("quantizer=rtn", "bits=w3", "bc=sink")
+    unusual = ("engine.matmul=medium", "engine.activations_dtype=bfloat16", "engine.deterministic=true")
+    try:
+        assert workspace.run(*rtn) == workspace.run(*rtn, "engine.memory_mib=0", *unusual) == 0
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        devices.set_arithmetic()
+    results = [json.loads((folder / "result.json").read_text()) for folder in workspace.cells()]
+    usual, other = sorted(results, key=lambda r: "numerics" in r["config"])
+    assert usual["provenance"]["engine"]["matmul"] == "highest"
+    wanted = {"matmul": "medium", "activations_dtype": "bfloat16", "deterministic": True, "memory_mib": 0}
+    assert wanted.items() <= other["provenance"]["engine"].items()
+    assert other["config"]["numerics"] == {"matmul": "medium", "activations_dtype": "bfloat16"}
+    assert usual["error_after"] != other["error_after"]
+    options = [rows_of(r, "adhoc", "embedded")[0]["options"] for r in (usual, other)]
+    assert options[1].split() == sorted([*options[0].split(), "matmul=medium", "activations_dtype=bfloat16"])
 
 
 def test_short_last_group_is_told(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:

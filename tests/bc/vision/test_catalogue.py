@@ -61,6 +61,19 @@ def test_two_steps_equal_timms_transform() -> None:
         assert torch.equal(prepare.normalize(crops)[0], whole(converted))
 
 
+def test_a_name_has_the_transform_of_its_model() -> None:
+    for name in ("vit_s14_fashion", "tiny_vit", "deit_tiny_patch16_224"):
+        assert preprocessing(name) == preprocessing(create(name))
+    assert preprocessing("tiny_vit").size != (224, 224)  # ImageNet's usual values
+
+
+def test_what_is_no_model_of_timms_has_no_transform() -> None:
+    with pytest.raises(UserError, match="model: 'tiny_vitt' is not known"):
+        preprocessing("tiny_vitt")
+    with pytest.raises(UserError, match=r"preprocessing: a Linear is no model of timm's; give a model that bc.load"):
+        preprocessing(torch.nn.Linear(2, 2))
+
+
 def test_crops_are_shared_by_models_of_one_size() -> None:
     names = {}
     for name in PUBLISHED:

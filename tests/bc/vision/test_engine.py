@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import bc
 from bc import quantizers
+from bc.activations import quantizers_of
 from bc.chains import VisionChain
 from bc.checkpoint import load_weights, save_weights
 from bc.choice import choose, unions
@@ -278,6 +279,21 @@ def test_scope_search_tries_all_unions_and_keeps_the_best() -> None:
     assert len(tried) == 31 and len({t.settings for t in trials}) == 31
     assert settings == Compensation(wanted, "positional")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["minmax", "repq_vit", "noisyquant"])
+def test_copies_of_a_model_share_no_activation_quantizer(name: str) -> None:
+    model, few = ready("vit")
+    images = images_for(few, 4)
+    results = quantized(model, images, name)
+    own = {id(q) for result in results.values() for q in result.inputs}
+    places = [b.data_ptr() for result in results.values() for q in result.inputs for b in q.buffers()]
+    for twin in (copy.deepcopy(model), copy.deepcopy(model)):
+        compensate(twin, results, Compensation(()), None, ENGINE)
+        found = [q for m in twin.modules() if (child := quantizers_of(m)) is not None for q in child.quantizers]
+        assert len(found) == len(own) and not own & set(map(id, found))
+        places += [b.data_ptr() for q in found for b in q.buffers()]
+    assert len(places) == len(set(places)) > 3 * len(sites(model))
 
 
 def test_the_public_functions_take_vision_models() -> None:
