@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div, linear
+from torch.nn.functional import cross_entropy, kl_div, linear, unfold
 
 from bc.calibration import Stream, hooked, on_device
 from bc.chains import VisionChain
@@ -96,6 +96,7 @@ def site_samples(
                 None if gradient is None else gradient.to(device),
                 forward_of(site),
                 site.norm,
+                columns_of(site),
             )
         )
     return samples, results
@@ -109,6 +110,15 @@ def forward_of(site: Site) -> Callable[[Tensor | None, tuple[Tensor, ...]], Tens
     if site.kind == "conv":
         return lambda weight, inputs: module._conv_forward(inputs[0], weight, module.bias)
     return lambda weight, inputs: inputs[0] @ inputs[1]
+
+
+def columns_of(site: Site) -> Callable[[Tensor], Tensor] | None:
+    """Input of a convolution ↦ the patches its kernel sees; None where its output is not their plain product."""
+    module: Any = site.module
+    if site.kind != "conv" or module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
+        return None
+    shape = (module.kernel_size, module.dilation, module.padding, module.stride)
+    return lambda x: unfold(x, *shape).mT.contiguous()
 
 
 def _evaluator(unit: Unit, stream: Stream) -> Callable[[dict[str, SiteResult]], Tensor]:

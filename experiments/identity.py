@@ -31,7 +31,7 @@ def scientific(cell: CellConfig) -> dict[str, Any]:
     out: dict[str, Any] = {
         "schema": SCHEMA,
         "model": model_part(cell),
-        "quantizer": {"name": cell.quantizer, **cell.options},
+        "quantizer": {"name": cell.quantizer, **options_part(cell.options)},
         "bits": asdict(cell.bits),
         "bc": bc_part(cell.bc),
         "calibration": asdict(data.calibration),
@@ -66,6 +66,11 @@ def model_part(cell: CellConfig) -> dict[str, Any]:
     if source is None:
         return part
     return part | {"repo": source.embedded or source.repo, "revision": source.revision}
+
+
+def options_part(options: dict[str, Any]) -> dict[str, Any]:
+    """A quantizer's options; the exact search, which finds what it always found, is not named."""
+    return {name: value for name, value in options.items() if (name, value) != ("search", "exact")}
 
 
 def bc_part(bc: Compensation) -> dict[str, Any] | None:

@@ -27,9 +27,9 @@ from torch import Tensor
 from bc.activation_grids import Affine, affine
 from bc.activations import ActivationQuantizer
 from bc.errors import QuantizationError, UserError
+from bc.operands import Operand
 from bc.quantizers.base import SiteResult, SiteSamples
 from bc.quantizers.base_ptq import SearchQuantizer, in_float
-from bc.search import Operand
 
 
 class APQViT(SearchQuantizer):

@@ -144,6 +144,8 @@ class SiteSamples:
         gradient: Gradient of the loss at the output, the output's shape; None where the metric needs none.
         forward: (weight or None, inputs) ↦ output of the site, for candidates.
         norm: The LayerNorm whose output is the site's only input, for methods that reparametrise it; else None.
+        columns: Input of a convolution ↦ the patches its kernel sees, shape (images, positions, in · kh · kw), so that
+            its output is their product with the weight; None where it is not one, and where nobody asks.
     """
 
     name: str
@@ -157,6 +159,7 @@ class SiteSamples:
     gradient: Tensor | None
     forward: Callable[[Tensor | None, tuple[Tensor, ...]], Tensor]
     norm: nn.LayerNorm | None = None
+    columns: Callable[[Tensor], Tensor] | None = None
 
 
 class SiteQuantizer(Quantizer):

@@ -23,8 +23,10 @@ from bc.activation_grids import Symmetric, symmetric
 from bc.activations import ActivationQuantizer
 from bc.errors import QuantizationError, UserError
 from bc.grid import QuantizedWeight, encode, group_index
+from bc.operands import Operand, scale_factors
 from bc.quantizers.base import SiteQuantizer, SiteResult, SiteSamples
-from bc.search import GRADIENT_METRICS, Metric, Operand, SiteSearch, scale_factors
+from bc.racing import GRADIENT_METRICS
+from bc.search import Metric, Mode, SiteSearch
 from bc.settings import Bits
 
 Granularity = Literal["paper", "row", "tensor"]
@@ -99,7 +101,8 @@ class SearchQuantizer(SiteQuantizer):
             high: End of the factors.
             candidates: Number of factors; min-max itself is tried besides.
             rounds: Most turns of the search through the two operands.
-            memory_mib: Memory for the outputs of candidates that are scored together.
+            memory_mib: Budget of the temporaries of candidates that are scored together.
+            search: ``exact`` (the best of all candidates) or ``fast`` (every eighth, then those around the best).
         """
 
         weight_granularity: Granularity = "paper"
@@ -109,6 +112,7 @@ class SearchQuantizer(SiteQuantizer):
         candidates: int = 100
         rounds: int = 1
         memory_mib: int = 512
+        search: Mode = "exact"
 
         def __post_init__(self) -> None:
             if not 0 < self.low < self.high:
@@ -149,7 +153,8 @@ class SearchQuantizer(SiteQuantizer):
         """The operands of a site with the choices of the search, and notes."""
         site = in_float(site)
         operands = self.operands(site)
-        notes = SiteSearch(site, operands, self.metric, self.options.memory_mib).run(self.options.rounds)
+        options = self.options
+        notes = SiteSearch(site, operands, self.metric, options.memory_mib, options.search).run(options.rounds)
         return operands, notes | {"weight_granularity": self.options.weight_granularity}
 
     def operands(self, site: SiteSamples) -> tuple[Operand, Operand]:
@@ -169,8 +174,7 @@ class SearchQuantizer(SiteQuantizer):
         start = symmetric_scale(weight.reshape(groups, -1).abs().amax(1), bits)
 
         def quantize(value: Tensor, scale: Tensor) -> Tensor:
-            shaped = value.reshape(1, groups, -1)
-            return symmetric(shaped, scale, bits).reshape(-1, *weight.shape)
+            return symmetric(value.reshape(1, groups, -1), scale, bits).reshape(-1, *weight.shape)
 
         def build(scale: Tensor) -> QuantizedWeight:
             return symmetric_weight(weight, scale, bits)

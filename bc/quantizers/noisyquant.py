@@ -19,18 +19,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from bc.activation_grids import Noisy, Symmetric, TwinGELU
 from bc.errors import UserError
+from bc.operands import Operand
 from bc.quantizers.base import SiteQuantizer, SiteResult, SiteSamples
 from bc.quantizers.base_ptq import FLOAT, Granularity, SearchQuantizer, check_bits, in_float
 from bc.quantizers.easyquant import EasyQuant
 from bc.quantizers.ptq4vit import PTQ4ViT
-from bc.search import Scorer
+from bc.search import Mode, SiteSearch
 from bc.settings import Bits
-
-COPIES_OF_INPUT = 3  # that are alive while a noise is scored
 
 
 class NoisyQuant(SiteQuantizer):
@@ -49,7 +47,8 @@ class NoisyQuant(SiteQuantizer):
             noise_high: Largest noise that is tried, in steps of the activation's grid.
             noise_candidates: Number of noise ranges that are tried besides none.
             seed: Of the noise, together with the site's name.
-            memory_mib: Memory for the outputs of candidates that are scored together.
+            memory_mib: Budget of the temporaries of candidates that are scored together.
+            search: ``exact`` (the best of all candidates) or ``fast``, of the base's search and the noise's.
         """
 
         base: Literal["linear", "ptq4vit"] = "linear"
@@ -59,6 +58,7 @@ class NoisyQuant(SiteQuantizer):
         noise_candidates: int = 20
         seed: int = 0
         memory_mib: int = 512
+        search: Mode = "exact"
 
         def __post_init__(self) -> None:
             if self.noise_high <= 0:
@@ -72,6 +72,7 @@ class NoisyQuant(SiteQuantizer):
         check_bits(self.name, bits)
         cls: type[SearchQuantizer] = EasyQuant if options.base == "linear" else PTQ4ViT
         shared: dict[str, Any] = {"weight_granularity": options.weight_granularity, "memory_mib": options.memory_mib}
+        shared["search"] = options.search
         if options.metric != "base":
             shared["metric"] = options.metric
         self.base = cls(bits, cls.Options(**shared))
@@ -107,18 +108,18 @@ class NoisyQuant(SiteQuantizer):
         unit = unit_noise(site.name, x.shape[-1], self.options.seed).to(x)
         quantized = weight if result.weight is None else result.weight.dequantize().to(weight)
 
-        def produce(chosen: slice, images: slice) -> Tensor:
-            noise = (ranges[chosen, None] * unit).reshape(-1, *[1] * (x.dim() - 1), len(unit))
-            noisy = base((x[images] + noise).flatten(0, 1)).reshape(-1, *x[images].shape)
-            return F.linear(noisy - noise, quantized, site.bias)
+        def noisy(value: Tensor, ranges: Tensor) -> Tensor:
+            noise = ranges * unit
+            return base(value + noise).sub_(noise)
 
-        scorer = Scorer(site, "mse", 1, self.options.memory_mib)
-        scores = scorer.score(produce, count + 1, COPIES_OF_INPUT * x[0].numel())[:, 0]
-        best = int(scores.argmax())
+        operands = Operand(quantized, None), Operand(x, ranges.unsqueeze(1), (1,) * x.dim(), noisy)
+        search = SiteSearch(site, operands, "mse", self.options.memory_mib, self.options.search)
+        best = int(search.choose(1))
+        none, score = (float(search.scores(1, only=torch.tensor([i]))) for i in (0, best))
         result.notes |= {
             "noise_range": float(ranges[best]),
-            "noise_score_none": float(scores[0]),
-            "noise_score": float(scores[best]),
+            "noise_score_none": none,
+            "noise_score": score,
         }
         if best:
             result.inputs[0] = Noisy(base, (ranges[best] * unit).float())

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from bc.activation_grids import TwinGELU, TwinSoftmax, twin_gelu, twin_softmax
 from bc.activations import ActivationQuantizer
+from bc.operands import Operand
 from bc.quantizers.base import SiteSamples
 from bc.quantizers.base_ptq import SearchQuantizer, symmetric_scale
-from bc.search import Metric, Operand
+from bc.search import Metric
 
 SPLITS = 20
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,12 +13,15 @@ from hypothesis import strategies as st
 from torch.nn import functional as F  # noqa: N812
 
 from bc.errors import QuantizationError, UserError
+from bc.operands import scale_factors
 from bc.quantizers import create
 from bc.quantizers.apq_vit import block_score
 from bc.quantizers.base import SiteQuantizer, SiteSamples
 from bc.quantizers.base_ptq import SearchQuantizer
-from bc.search import Scorer, SiteSearch, scale_factors
+from bc.racing import Objective
+from bc.search import SiteSearch
 from bc.settings import Bits
+from bc.turns import Sums
 
 METRICS = ("mse", "cosine", "fisher", "self_kl")
 
@@ -116,8 +120,8 @@ def test_scores_and_choice_by_brute_force(kind: str, metric: str, granularity: s
     operands = q.operands(site)
     search = SiteSearch(site, operands, metric, memory)
     if memory == 1:
-        search.scorer.budget = 4000  # several batches of images and of candidates
-    parts = search.scorer.parts
+        search.budget = 4000  # several batches of images and of candidates
+    parts = search.parts
     for index, operand in enumerate(operands):
         if operand.candidates is None:
             continue
@@ -128,10 +132,10 @@ def test_scores_and_choice_by_brute_force(kind: str, metric: str, granularity: s
             y_hat = run_with(site, *((mine, other) if index == 0 else (other, mine)))
             for part in range(parts):
                 slow[c, part] = slow_score(site, y_hat, metric, part, parts)
-        fast = search.scores(index)
-        torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-12)
+        for direct in (False, True):
+            torch.testing.assert_close(search.scores(index, direct), slow, rtol=1e-9, atol=1e-12)
         reduced = slow if operand.choice.numel() > 1 else slow.mean(1, keepdim=True)
-        operand.choice = fast.argmax(0) if operand.choice.numel() > 1 else fast.mean(1, keepdim=True).argmax(0)
+        operand.choice = search.choose(index)
         picked = reduced.gather(0, operand.choice.unsqueeze(0))[0]
         torch.testing.assert_close(picked, reduced.max(0).values, rtol=1e-9, atol=1e-12)
     assert float(search.score()) == pytest.approx(float(picked.mean()), rel=1e-9)
@@ -190,31 +194,39 @@ def test_each_step_raises_the_score() -> None:
         assert scores == sorted(scores), kind
 
 
-def test_quadratic_form_equals_direct_evaluation_in_fp32() -> None:
-    for role in ("qkv", "fc1"):
-        site = linear_site(role, out=30, dtype=torch.float32)
-        q = searcher(bits="w4a4", metric="mse")
-        search = SiteSearch(site, q.operands(site), "mse", 64)
-        candidates = search.operands[0].candidates
-        assert candidates is not None
-        torch.testing.assert_close(search._quadratic(candidates), search._direct(0, candidates), rtol=1e-4, atol=1e-9)
+@pytest.mark.parametrize("metric", ["mse", "cosine"])
+def test_quadratic_form_equals_direct_evaluation_in_fp32(metric: str) -> None:
+    wide = matmul_site(dtype=torch.float32)
+    a, b = (torch.cat([x] * 4, dim).contiguous() for x, dim in zip(wide.inputs, (2, 3), strict=True))
+    wide = replace(wide, inputs=(a, b), output=a @ b)
+    sites = [linear_site("qkv", out=30, dtype=torch.float32), linear_site("fc1", out=30, dtype=torch.float32), wide]
+    for site in sites:
+        q = searcher(bits="w4a4", metric=metric)
+        search = SiteSearch(site, q.operands(site), metric, 64)
+        quadratic = 0
+        for index in (0, 1):
+            turn = search.turn(index)
+            quadratic += "Quadratic" in type(turn).__name__ or getattr(turn, "quadratic", False)
+            torch.testing.assert_close(search.scores(index), search.scores(index, direct=True), rtol=1e-4, atol=1e-7)
+        assert quadratic >= 1
 
 
 def test_cosine_is_exact_where_it_is_nearly_one() -> None:
     site = linear_site("proj", dtype=torch.float32)
     noise = 1e-4 * torch.randn(site.output.shape, generator=torch.Generator().manual_seed(3))
-    scorer = Scorer(site, "cosine", 1, 64)
-    got = 1 - float(scorer.score(lambda c, i: (site.output + noise)[i].unsqueeze(0), 1, 1))
     y, z = site.output.double().reshape(-1), (site.output + noise).double().reshape(-1)
+    sums = Sums(*((r * v).sum().reshape(1, 1) for r, v in ((z - y, z - y), (z - y, y))))
+    objective = Objective(site, "cosine", 1)
+    got = float(objective.losses(sums, y.square().sum().reshape(1)))
     assert got == pytest.approx(1 - float(F.cosine_similarity(y, z, dim=0)), rel=1e-4)
+    assert float(objective.scores(torch.tensor(got))) == pytest.approx(float(F.cosine_similarity(y, z, dim=0)))
 
 
 def test_cosine_of_zero_outputs() -> None:
-    site = linear_site("proj")
-    site.output = torch.zeros_like(site.output)
-    scorer = Scorer(site, "cosine", 1, 64)
-    assert float(scorer.score(lambda c, i: torch.zeros(1, *site.output[i].shape).double(), 1, 1)) == 1
-    assert float(scorer.score(lambda c, i: torch.ones(1, *site.output[i].shape).double(), 1, 1)) == 0
+    objective = Objective(linear_site("proj"), "cosine", 1)
+    zero, one = torch.zeros(1, 1).double(), torch.ones(1, 1).double()
+    assert float(objective.losses(Sums(zero, zero), zero[0])) == 0
+    assert float(objective.losses(Sums(one, zero), zero[0])) == 1
 
 
 @pytest.mark.parametrize("metric", ["fisher", "self_kl"])

@@ -1,0 +1,162 @@
+"""Errors of the candidates of a Linear, directly and by the quadratic form; see :mod:`bc.turns`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bc.operands import Operand
+from bc.quantizers.base import SiteSamples
+from bc.turns import LEAST_ROWS, Errors, Turn
+
+
+class Tokens(Turn):
+    """A Linear's product: rows are tokens, parts are equal runs of output channels."""
+
+    def __init__(
+        self, site: SiteSamples, weight: Operand, inputs: Operand, parts: int, weighted: bool, inner: bool, budget: int
+    ) -> None:
+        gradient = site.gradient.flatten(0, -2) if weighted and site.gradient is not None else None
+        super().__init__(parts, gradient, inner, budget, site.output)
+        self.weight, self.inputs = weight, inputs
+        self.x, self.target = inputs.value.flatten(0, -2), site.output.flatten(0, -2)
+        self.bias = site.bias
+        self.rows = len(self.x)
+        self.out, self.features = weight.value.shape
+
+    def energy(self, rows: Tensor) -> Tensor:
+        """See :meth:`Turn.energy`."""
+        total = torch.zeros(self.parts, dtype=torch.float64, device=self.device)
+        for where, _ in self.pieces(1, len(rows), 2 * self.out):
+            square = self.target[rows[where]].square_()
+            total += square.reshape(len(square), self.parts, -1).sum(-1).sum(0, dtype=torch.float64)
+        return total
+
+    def now(self, x: Tensor) -> Tensor:
+        """Some tokens' input as chosen so far."""
+        return self.inputs.quantize(x, self.inputs.chosen)
+
+    def rest(self, target: Tensor) -> Tensor:
+        """The bias minus y."""
+        return -target if self.bias is None else self.bias - target
+
+    def gathered(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x, y and g of some rows."""
+        return self.x[rows], self.target[rows], None if self.gradient is None else self.gradient[rows]
+
+
+class DirectInput(Tokens):
+    """Candidates of a Linear's input, by the product."""
+
+    def errors(self, parameters: Tensor, rows: Tensor) -> Errors:
+        """See :meth:`Turn.errors`."""
+        weight = self.weight.current()[0].T
+        row = 2 * (self.features + self.out)
+        for where, groups in self.pieces(len(parameters), len(rows), row, least=LEAST_ROWS):
+            x, y, g = self.gathered(rows[where])
+            rest = self.rest(y)
+            for chosen in groups:
+                x_hat = self.inputs.quantize(x.unsqueeze(0), parameters[chosen].reshape(-1, 1, 1))
+                yield chosen, where, *self.reduce((x_hat @ weight).add_(rest), y, g)
+
+
+class DirectWeight(Tokens):
+    """Candidates of a Linear's weight, by the product."""
+
+    def errors(self, parameters: Tensor, rows: Tensor) -> Errors:
+        """See :meth:`Turn.errors`."""
+        fixed = 2 * self.out * self.features
+        for where, groups in self.pieces(len(parameters), len(rows), 2 * self.out, fixed, LEAST_ROWS):
+            x, y, g = self.gathered(rows[where])
+            x, rest, y = self.now(x), self.rest(y).unsqueeze(1), y.unsqueeze(1)
+            g = None if g is None else g.unsqueeze(1)
+            for chosen in groups:
+                weights = self.weight.apply(parameters[chosen])
+                product = (x @ weights.flatten(0, 1).T).reshape(len(x), -1, self.out)  # all candidates' rows in one
+                square, inner = self.reduce(product.add_(rest), y, g)
+                yield chosen, where, square.transpose(0, 1), None if inner is None else inner.transpose(0, 1)
+
+
+class QuadraticInput(Tokens):
+    """Candidates of a Linear's input, by the quadratic form; all output channels are one part."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        weight = self.weight.current()[0]
+        self.moment = weight.T @ weight
+        self.cross, self.along = torch.empty_like(self.x), torch.empty_like(self.x) if self.with_inner else None
+        self.before = self.x.new_zeros(2, self.rows)  # Σ r² and Σ r · y of a row at the float input
+        for where, _ in self.pieces(1, self.rows, 4 * self.out, least=LEAST_ROWS):
+            y = self.target[where]
+            error = (self.x[where] @ weight.T).add_(self.rest(y))
+            self.cross[where] = (error @ weight).mul_(2)
+            if self.along is not None:
+                self.along[where] = y @ weight
+                self.before[1, where] = (error * y).sum(1)
+            self.before[0, where] = error.square_().sum(1)
+
+    def errors(self, parameters: Tensor, rows: Tensor) -> Errors:
+        """See :meth:`Turn.errors`."""
+        for where, groups in self.pieces(len(parameters), len(rows), 4 * self.features, least=LEAST_ROWS):
+            row = rows[where]
+            x, cross = self.x[row], self.cross[row]
+            along = None if self.along is None else self.along[row]
+            for chosen in groups:
+                change = self.inputs.quantize(x.unsqueeze(0), parameters[chosen].reshape(-1, 1, 1)).sub_(x)
+                terms = (change @ self.moment).add_(cross).mul_(change).sum(-1)
+                square = terms.add_(self.before[0, row]).clamp_(min=0).unsqueeze(-1)
+                inner = None
+                if along is not None:
+                    inner = change.mul_(along).sum(-1).add_(self.before[1, row]).unsqueeze(-1)
+                yield chosen, where, square, inner
+
+
+class QuadraticWeight(Tokens):
+    """Candidates of a Linear's weight, by the quadratic form: the rows of a are the weight's, b all tokens.
+
+    All tokens are in the second moments, and count as one row.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        weight = self.weight.value
+        self.moment = weight.new_zeros(self.features, self.features)
+        self.cross, self.along = torch.zeros_like(weight), torch.zeros_like(weight) if self.with_inner else None
+        self.before = torch.zeros(2, self.parts, dtype=torch.float64, device=self.device)
+        for where, _ in self.pieces(1, self.rows, 3 * self.out + self.features, least=LEAST_ROWS):
+            y = self.target[where]
+            x = self.now(self.x[where])
+            error = (x @ weight.T).add_(self.rest(y))
+            self.moment += x.T @ x
+            self.cross += error.T @ x
+            if self.along is not None:
+                self.along += y.T @ x
+            square, inner = self.reduce(error, y, None)
+            self.before[0] += square.sum(0, dtype=torch.float64)
+            if inner is not None:
+                self.before[1] += inner.sum(0, dtype=torch.float64)
+        self.total = super().energy(torch.arange(self.rows, device=self.device))
+        self.rows = 1
+
+    def energy(self, rows: Tensor) -> Tensor:
+        """See :meth:`Turn.energy`."""
+        return self.total
+
+    def errors(self, parameters: Tensor, rows: Tensor) -> Errors:
+        """See :meth:`Turn.errors`."""
+        weight = self.weight.value
+        for _, groups in self.pieces(len(parameters), 1, 3 * weight.numel()):
+            for chosen in groups:
+                change = self.weight.apply(parameters[chosen]).sub_(weight)
+                terms = (change @ self.moment).add_(self.cross, alpha=2).mul_(change)  # a row's add up to its error
+                square = self.by_part(terms) + self.before[0]
+                inner = None
+                if self.along is not None:
+                    inner = (self.by_part(change.mul_(self.along)) + self.before[1]).unsqueeze(1)
+                yield chosen, slice(0, 1), square.clamp_(min=0).unsqueeze(1), inner
+
+    def by_part(self, terms: Tensor) -> Tensor:
+        """Sum over the rows of each part: (candidates, out, in) ↦ (candidates, parts), fp64."""
+        return terms.sum(-1).double().reshape(len(terms), self.parts, -1).sum(-1)
