@@ -26,7 +26,10 @@ def fit_affine(fit: Fit, unit: Unit, source: nn.Module) -> None:
     ``sink`` it is the row that later positions share, and the leading positions, which do not count for the scale, have
     rows of their own.
     """
-    for group in fit.sites(unit):
+    groups = fit.sites(unit)
+    if fit.settings.stream == "float":  # no site sees another's error: one pass serves them all
+        groups = [tuple(site for group in groups for site in group)]
+    for group in groups:
         sites = [site for site in group if site.kind != "matmul"]
         pairs = {site.name: PairMoments(fit.leading(unit, site.layout)) for site in sites}
         assert fit.float_fit is not None
