@@ -14,7 +14,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 LAUNCH = $(if $(LAUNCHER),hydra/launcher=$(LAUNCHER))
 
-.PHONY: help setup data demo test lint audit format sweep status tables figures report notebooks wandb-sync clean
+.PHONY: help setup data demo test lint audit format sweep status tables figures bench report notebooks wandb-sync clean
 .PHONY: reproduce-table1 reproduce-table2 reproduce-table3 reproduce-table4
 
 help: ## list the verbs
@@ -73,6 +73,9 @@ wandb-sync: setup ## upload to Weights & Biases what cells wrote offline (after 
 
 figures: setup ## draw every experiment that cells.csv has rows of, as PNG and SVG
 	@$(RUN) -m experiments.figures
+
+bench: setup ## measure what calibration costs beside the published protocols, into results/benchmarks (about 15 minutes)
+	$(RUN) -m experiments.benchmarks $(ARGS)
 
 report: figures ## write results/report/index.html, one file that needs no network, and results/costs.md
 	@$(RUN) -m experiments.costs

@@ -1,0 +1,241 @@
+"""Calibration of language models beside the published protocol, and how its cost grows.
+
+``python -m experiments.benchmarks.language [--quick] [--out results/benchmarks] [--only bc|scaling]`` appends to
+``bc.csv`` what Bias Compensation adds to GPTQ, beside :mod:`experiments.benchmarks.literal_language` and, on a vision
+model, :mod:`experiments.benchmarks.literal_bc_vision` in the same run; and to ``scaling.csv`` time and memory against
+samples, blocks and width. Models have random weights: what is measured is the work, not its results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from transformers import OPTConfig, OPTForCausalLM
+
+from bc import quantizers, vision
+from bc.chains import chain_of
+from bc.install import install
+from bc.pipeline import Collection, Engine, calibrate, compensate
+from bc.settings import Bits, Compensation
+from experiments.benchmarks import literal_bc_vision, literal_language, measure
+
+MODULE = "experiments.benchmarks.language"
+CPU = torch.device("cpu")
+ENGINE = Engine(CPU, 4)
+LAYER = Compensation(("layer",), "positional")
+BLOCK = Compensation(("layer", "block"), "positional")
+OPT_125M = {"blocks": 2, "width": 768, "heads": 12, "inner": 3072, "samples": 4, "window": 2048}
+SMALL = {"blocks": 2, "width": 64, "heads": 4, "inner": 128, "samples": 4, "window": 64}
+VISION = {"img_size": 224, "patch_size": 16, "embed_dim": 192, "num_heads": 3, "depth": 2, "num_classes": 10}
+VISION_SMALL = VISION | {"img_size": 32, "embed_dim": 48}
+CURVES = {
+    "samples": [{"samples": n} for n in (8, 16, 32, 64, 128, 256)],
+    "blocks": [{"blocks": n} for n in (2, 4, 8, 16, 24)],
+    "width": [{"width": n, "inner": 2 * n, "heads": n // 64} for n in (256, 512, 1024, 2048)],
+}
+POINT = {"blocks": 2, "width": 256, "heads": 4, "inner": 512, "samples": 16, "window": 128}
+
+
+def opt(blocks: int, width: int, heads: int, inner: int, window: int) -> nn.Module:
+    """An OPT of random weights."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=512,
+        hidden_size=width,
+        word_embed_proj_dim=width,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        ffn_dim=inner,
+        max_position_embeddings=window,
+    )
+    return OPTForCausalLM(config).eval()
+
+
+def windows(samples: int, window: int) -> Tensor:
+    """Random token ids, shape (samples, window)."""
+    return torch.randint(4, 512, (samples, window), generator=torch.Generator().manual_seed(1))
+
+
+class Stages:
+    """CPU seconds of what is run under a name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def run(self, name: str, act: Any) -> Any:
+        """Result of ``act()``."""
+        started = time.process_time()
+        result = act()
+        self.seconds[name] = time.process_time() - started
+        return result
+
+
+def ours(blocks: int, width: int, heads: int, inner: int, samples: int, window: int) -> dict[str, float]:
+    """CPU seconds of GPTQ alone, of GPTQ with layer-scope BC, of BC with the block's, and of a float pass."""
+    model, ids, stages = opt(blocks, width, heads, inner, window), windows(samples, window), Stages()
+    quantizer = quantizers.create("gptq", Bits.parse("w3"))
+    chain = chain_of(model)
+    with torch.no_grad():
+        stream = ENGINE.capture(chain, ids)
+
+        def float_pass() -> None:
+            for unit in chain.units:
+                stream.advance(unit.module)
+
+        stages.run("float pass", float_pass)
+    stages.run("gptq", lambda: calibrate(model, quantizer, ids, ENGINE))
+    collect = Collection()
+    results = stages.run("gptq with sums", lambda: calibrate(model, quantizer, ids, ENGINE, collect=collect))
+    twins = [copy.deepcopy(model) for _ in range(2)]
+    stages.run("biases", lambda: compensate(twins[0], results, LAYER, ids, ENGINE, means=collect.sums))
+    stages.run("layer and block", lambda: compensate(twins[1], results, BLOCK, ids, ENGINE))
+    return stages.seconds
+
+
+def literal(blocks: int, width: int, heads: int, inner: int, samples: int, window: int) -> dict[str, float]:
+    """CPU seconds of the literal protocol's BC, layer scope and with the block's."""
+    model, ids, stages = opt(blocks, width, heads, inner, window), windows(samples, window), Stages()
+    chain = chain_of(model)
+    results = calibrate(model, quantizers.create("rtn", Bits.parse("w3")), None, ENGINE)
+    names = [unit.name for unit in chain.units]
+    for scope, block in (("layer", False), ("layer and block", True)):
+        twin = copy.deepcopy(model)
+        for site in chain_of(twin).sites:
+            install(site.module, results[site.name], CPU)
+        stages.run(
+            scope,
+            lambda block=block, twin=twin: literal_language.compensate(model, twin, names, ids, block_scope=block),
+        )
+    return stages.seconds
+
+
+def vision_layers(shape: dict[str, int], images: int) -> dict[str, float]:
+    """CPU seconds of layer-scope BC on a ViT of random weights, ours and the literal protocol's."""
+    torch.manual_seed(0)
+    model: Any = vision.wrap(VisionTransformer(**shape).eval())
+    size = (images, 3, shape["img_size"], shape["img_size"])
+    pictures, stages = torch.randn(size, generator=torch.Generator().manual_seed(2)), Stages()
+    engine = Engine(CPU, literal_bc_vision.BATCH)
+    results = calibrate(model, quantizers.create("minmax", Bits.parse("w4a4")), pictures, engine)
+    twin, other = copy.deepcopy(model), copy.deepcopy(model)
+    stages.run("ours", lambda: compensate(twin, results, LAYER, pictures, engine))
+    sites = chain_of(other).sites
+    for site in sites:
+        install(site.module, results[site.name], CPU)
+    modules, names = {site.name: site.module for site in sites}, [site.name for site in sites]
+    stages.run("literal", lambda: literal_bc_vision.biases(model, modules, names, pictures))
+    return stages.seconds
+
+
+def calibration(blocks: int, width: int, heads: int, inner: int, samples: int, window: int) -> dict[str, float]:
+    """GPTQ with layer-scope BC: CPU seconds, peak memory, and what two blocks and the activations take, MiB."""
+    model, ids, stages = opt(blocks, width, heads, inner, window), windows(samples, window), Stages()
+    measure.forget_peak()
+    before = measure.peak_mib()
+    collect = Collection()
+    quantizer = quantizers.create("gptq", Bits.parse("w3"))
+    results = stages.run("calibrate", lambda: calibrate(model, quantizer, ids, ENGINE, collect=collect))
+    stages.run("biases", lambda: compensate(model, results, LAYER, ids, ENGINE, means=collect.sums))
+    weights = sum(p.numel() * p.element_size() for p in chain_of(model).units[0].module.parameters())
+    return {
+        "cpu_seconds": sum(stages.seconds.values()),
+        "peak_mib": measure.peak_mib() - before,
+        "two_blocks_mib": 2 * weights / 2**20,
+        "activations_mib": 2 * samples * window * width * 4 / 2**20,  # of the quantized and of the float stream
+    }
+
+
+def middle(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Medians of what several runs returned."""
+    results = [run["result"] for run in runs]
+    return {name: median(result[name] for result in results) for name in results[0]}
+
+
+def bc_rows(quick: bool) -> list[dict[str, Any]]:
+    """Ours beside the literal protocol."""
+    case, repeats = (SMALL, 1) if quick else (OPT_125M, 3)
+    mine = middle(measure.run(f"{MODULE}:ours", case, repeats))
+    other = middle(measure.run(f"{MODULE}:literal", case, repeats))
+    about = " ".join(f"{name}={value}" for name, value in case.items())
+    layer = mine["gptq with sums"] - mine["gptq"] + mine["biases"]
+    rows: list[dict[str, Any]] = [
+        {"what": "layer scope added to GPTQ", "ours": layer, "peer": mine["gptq"], "of": "GPTQ alone"},
+        {"what": "layer scope", "ours": layer, "peer": other["layer"], "of": "literal protocol"},
+        {
+            "what": "layer and block scope",
+            "ours": mine["layer and block"],
+            "peer": other["layer and block"],
+            "of": "literal protocol",
+        },
+        {
+            "what": "layer and block scope",
+            "ours": mine["layer and block"],
+            "peer": mine["float pass"],
+            "of": "float pass over the blocks",
+        },
+    ]
+    rows = [row | {"case": about} for row in rows]
+    shape, images = (VISION_SMALL, 16) if quick else (VISION, 64)
+    seen = middle(measure.run(f"{MODULE}:vision_layers", {"shape": shape, "images": images}, repeats))
+    about = " ".join(f"{name}={value}" for name, value in (shape | {"images": images}).items())
+    rows.append(
+        {
+            "what": "vision layer scope",
+            "ours": seen["ours"],
+            "peer": seen["literal"],
+            "of": "literal protocol",
+            "case": about,
+        }
+    )
+    return [row | {"peer_over_ours": row["peer"] / row["ours"], "repeats": repeats} for row in rows]
+
+
+def scaling_rows(quick: bool) -> list[dict[str, Any]]:
+    """Time and memory against samples, blocks and width, and their slopes in a plot of logarithms."""
+    found: list[dict[str, Any]] = []
+    for name, points in CURVES.items():
+        rows: list[dict[str, Any]] = []
+        for change in points[:2] if quick else points:
+            case = POINT | change
+            values = middle(measure.run(f"{MODULE}:calibration", case, 1 if quick else 3))
+            rows.append({"curve": name, "at": case[name], **values})
+        at = np.log([row["at"] for row in rows])
+        for quantity in ("cpu_seconds", "peak_mib"):
+            slope = float(np.polyfit(at, np.log([max(row[quantity], 1e-3) for row in rows]), 1)[0])
+            rows = [row | {f"{quantity}_slope": slope} for row in rows]
+        found += rows
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmarks and write their files; returns 0."""
+    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the smallest sizes, once: to see that it runs")
+    parser.add_argument("--out", type=Path, default=Path("results/benchmarks"), help="folder of the CSV files")
+    parser.add_argument("--only", choices=("bc", "scaling"), help="one of the two")
+    options = parser.parse_args(arguments)
+    for name, rows in (("bc", bc_rows), ("scaling", scaling_rows)):
+        if options.only in (None, name):
+            found = rows(options.quick)
+            measure.write(options.out / f"{name}.csv", found)
+            for row in found:
+                print("  ".join(f"{key}={_short(value)}" for key, value in row.items()))
+    return 0
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
