@@ -28,7 +28,11 @@ TARGET_SEED = 0
 
 
 def calibrate_sites(
-    chain: VisionChain, quantizer: SiteQuantizer, stream: Stream, device: torch.device
+    chain: VisionChain,
+    quantizer: SiteQuantizer,
+    stream: Stream,
+    device: torch.device,
+    images: list[Tensor] | None = None,
 ) -> dict[str, SiteResult]:
     """Find how every site of a vision model is quantized; the model is not changed.
 
@@ -37,6 +41,7 @@ def calibrate_sites(
         quantizer: The quantizer.
         stream: Calibration images at the first unit.
         device: Where to run.
+        images: The same images at the model's input, where the chain's first unit is not the model's.
 
     Returns:
         Name of each site → its result, on the CPU.
@@ -44,7 +49,7 @@ def calibrate_sites(
     Raises:
         QuantizationError: By site name, where no valid result was found.
     """
-    images = [stream.cache[b] for b in range(len(stream))]
+    images = [stream.cache[b] for b in range(len(stream))] if images is None else images
     gradients = output_gradients(chain, quantizer.metric, images, device) if quantizer.needs_gradient else None
     results: dict[str, SiteResult] = {}
     for unit in track(chain.units, f"{quantizer.name} {quantizer.bits.label}", unit="block"):
