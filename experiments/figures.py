@@ -11,6 +11,7 @@ for, each as PNG and SVG under ``results/figures``:
 ``NAME_published``    published values against ours
 ``NAME_sites``        output error of every site, where ``results/cells`` holds it
 ``published``         what the paper prints without and with BC; drawn with all experiments
+``benchmarks``        how the cost of calibration grows, where it was measured; drawn with all
 ====================  ==================================================================
 """
 
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from bc.errors import UserError, unknown
-from experiments import comparisons, frame, plots
+from experiments import bench_plots, comparisons, frame, plots
 from experiments.arguments import reading_command
 from experiments.style import save, styled
 
@@ -78,6 +79,8 @@ def draw_all(names: Sequence[str], results: Path) -> Iterator[str]:
         with styled():
             if (printed := comparisons.printed_gains(frame.PUBLISHED)) is not None:
                 yield from map(str, save(printed, results / "figures" / "published"))
+            if (measured := bench_plots.scaling(results)) is not None:
+                yield from map(str, save(measured, results / "figures" / "benchmarks"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from experiments import comparisons, figures, frame, plots, style
+from experiments import bench_plots, comparisons, figures, frame, plots, style
 from experiments.records import COLUMNS, Row, read_rows, write_rows
 from tests.committed import ROOT, committed
 
@@ -146,3 +146,18 @@ def test_the_same_rows_give_the_same_figure(tmp_path: Path) -> None:
     first = path.read_bytes()
     assert figures.main(["demo", "--results", str(tmp_path)]) == 0
     assert path.read_bytes() == first
+
+
+def test_benchmarks_are_drawn_from_their_last_run(tmp_path: Path) -> None:
+    assert bench_plots.scaling(tmp_path) is None
+    head = "curve,at,cpu_seconds,peak_mib,cpu_seconds_slope,peak_mib_slope,commit"
+    rows = ["samples,8,9,9,9,9,old"]
+    rows += [f"{curve},{at},{at},{2 * at},1.0,0.5,new" for curve in ("samples", "blocks", "width") for at in (2, 4, 8)]
+    path = tmp_path / "benchmarks" / "scaling.csv"
+    path.parent.mkdir()
+    path.write_text("\n".join([head, *rows]) + "\n")
+    figure = bench_plots.scaling(tmp_path)
+    assert figure is not None and len(figure.axes) == 6
+    lines = [axes.get_lines()[0].get_xydata().tolist() for axes in figure.axes]
+    assert all(line == [[2, 2], [4, 4], [8, 8]] for line in lines[:3])
+    assert all(line == [[2, 4], [4, 8], [8, 16]] for line in lines[3:])
