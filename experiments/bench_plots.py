@@ -26,6 +26,8 @@ def latest(path: Path) -> pd.DataFrame | None:
 
 def scaling(results: Path) -> Figure | None:
     """CPU time and peak memory of GPTQ with layer-scope BC against samples, blocks and width, on logarithmic axes."""
+    from matplotlib.ticker import LogFormatter, NullLocator
+
     rows = latest(results / "benchmarks" / "scaling.csv")
     if rows is None:
         return None
@@ -38,9 +40,11 @@ def scaling(results: Path) -> Figure | None:
             axes = grid[row][column]
             slope = mine[f"{quantity}_slope"].iloc[0]
             axes.loglog(mine["at"], mine[quantity], "o-", color="C0", markersize=3.5)
-            axes.set_title(f"grows as its power of {slope:.2f}", fontsize="small")
+            axes.set_title(f"slope {slope:.2f}", fontsize="small")
             axes.set_xticks(mine["at"], [f"{value:g}" for value in mine["at"]])
-            axes.minorticks_off()
+            axes.xaxis.set_minor_locator(NullLocator())
+            for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.6)))
             if column == 0:
                 axes.set_ylabel(label)
             if row:
