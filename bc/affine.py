@@ -44,14 +44,14 @@ def has_scales(result: SiteResult) -> bool:
     return result.weight is None or hasattr(result.weight, "scale")
 
 
-def fold_affine(module: nn.Module, result: SiteResult, scale: Tensor, shift: Tensor) -> SiteResult:
+def fold_affine(module: nn.Module, result: SiteResult, scale: Tensor, shift: Tensor | None) -> SiteResult:
     """Fold a channel's scale and shift into a site's quantized weight and bias.
 
     Args:
         module: A Linear or Conv2d that holds the quantized weight; changed.
         result: How it is quantized.
         scale: Shape (out,).
-        shift: Shape (out,).
+        shift: Shape (out,); None adds nothing, so that a module without a bias stays without.
 
     Returns:
         The result with its grid's scales multiplied: what is to be stored now.
@@ -74,8 +74,8 @@ def fold_affine(module: nn.Module, result: SiteResult, scale: Tensor, shift: Ten
         own.weight.data = new.dequantize().to(own.weight).view_as(own.weight)
     else:
         own.weight.data = own.weight * scale.to(own.weight).view(-1, *[1] * (own.weight.dim() - 1))
-    bias = shift.to(own.weight)
-    if own.bias is not None:
-        bias = bias + scale.to(own.weight) * own.bias
-    own.bias = nn.Parameter(bias, requires_grad=False)
+    terms = [] if shift is None else [shift.to(own.weight)]
+    terms += [] if own.bias is None else [scale.to(own.weight) * own.bias]
+    if terms:
+        own.bias = nn.Parameter(torch.stack(terms).sum(0), requires_grad=False)
     return result

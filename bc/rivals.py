@@ -38,7 +38,7 @@ def fit_affine(fit: Fit, unit: Unit, source: nn.Module) -> None:
                 pairs[site.name].add(fit.float_fit, goal, output, site.layout)
         for site in sites:
             scale, shift, rows = pairs[site.name].solve()
-            folded = shift if rows is None else torch.zeros_like(shift)
+            folded = shift if rows is None else None
             fit.results[site.name] = fold_affine(site.module, fit.results[site.name], scale, folded)
             if rows is not None:
                 fit.attach(site.name, site.module, rows, site.layout)
