@@ -7,6 +7,7 @@ scoring all candidates on all rows finds, up to candidates that are equal within
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,7 +21,11 @@ from bc.turns import Sums, Turn
 GRADIENT_METRICS = ("fisher", "self_kl")
 ROUNDING = 1e-5  # relative: a candidate is out only if it is worse by more than the sums' rounding
 TIE = 16  # units in the last place of the sums: candidates that differ by less are equal
-FIRST = 32  # the first rows that are looked at are this fraction of all, the next twice as many, and so on
+FIRST, MOST = 32, 8  # the first rows are 1/32 of all, the next twice as many, and so on, up to 1/8 at a time
+SAMPLES, STEP = 64, 27  # of the sampled race; the order in which they are looked at
+SURE = 3.0  # standard errors by which a candidate is worse before it is given up
+ENOUGH = 0.0005  # of the loss, relative: less is not worth looking at more samples
+LEAST_SAMPLE, MOST_GROUPS = 16, 16  # rows of a sample and groups for which the race is sampled
 BLOCK_BYTES = 32 * 2**20  # of the output's rows that are looked at together
 
 
@@ -114,6 +119,39 @@ class Found:
     zero: bool
 
 
+class Start:
+    """The current choice of an operand, on all rows.
+
+    Attributes:
+        turn: The errors of the operand's candidates.
+        objective: Their metric.
+        candidates: Parameters, shape (candidates, groups).
+        rows: Numbers of the rows that count, those where the current choice errs most first.
+        each: Its error on these.
+        sums: Its sums.
+    """
+
+    def __init__(self, turn: Turn, objective: Objective, candidates: Tensor, current: Tensor) -> None:
+        """Look; the current choice is parameters of shape (groups,)."""
+        self.turn, self.objective, self.candidates = turn, objective, candidates
+        rows = turn.relevant()
+        each, self.sums = turn.profile(current.unsqueeze(0), rows)
+        order = each.argsort(descending=True, stable=True)
+        self.rows, self.each = rows[order], each[order]
+
+    def race(self, fast: bool) -> Race:
+        """The race to be run.
+
+        Args:
+            fast: Sample the rows, unless they are few, or some of them tell most, or groups are so many that one or
+                another always stays open.
+        """
+        some = float(self.each[: len(self.each) // MOST].sum())
+        even = some < 0.5 * float(self.each.sum())
+        enough = len(self.rows) >= SAMPLES * LEAST_SAMPLE and self.candidates.shape[1] <= MOST_GROUPS
+        return SampledRace(self) if fast and even and enough else Race(self)
+
+
 class Race:
     """A race of candidates of one operand.
 
@@ -124,14 +162,12 @@ class Race:
         tie: How much better another must be: the loss's rounding error, shape (groups,).
     """
 
-    def __init__(self, turn: Turn, objective: Objective, candidates: Tensor, current: Tensor) -> None:
-        """Look at the current choice, parameters (groups,), on all rows."""
-        self.turn, self.objective, self.candidates = turn, objective, candidates
-        self.shared = candidates.shape[1] == 1
-        rows = turn.relevant()
-        each, now = turn.profile(current.unsqueeze(0), rows)
-        rows = rows[each.argsort(descending=True, stable=True)]
-        self.blocks = list(self.cut(rows))
+    def __init__(self, start: Start) -> None:
+        """Prepare a race from a look at the current choice."""
+        self.turn, self.objective, self.candidates = start.turn, start.objective, start.candidates
+        turn, objective, now = start.turn, start.objective, start.sums
+        self.shared = self.candidates.shape[1] == 1
+        self.blocks = list(self.cut(start.rows))
         none = torch.zeros(turn.parts, dtype=torch.float64, device=turn.device)
         self.energies = [turn.energy(b) if objective.angular else none for b in self.blocks]
         self.energy = torch.stack([none, *self.energies]).sum(0)
@@ -140,12 +176,12 @@ class Race:
         self.tie = self.reduced(objective.rounding(now, self.energy, unit))[0].nan_to_num(posinf=0.0)
 
     def cut(self, rows: Tensor) -> Iterator[Tensor]:
-        """Blocks of rows, each twice as long as the one before, of a bounded size."""
+        """Blocks of rows, each twice as long as the one before, up to a bound."""
         output = self.turn.target
         row = max(1, output.numel() // self.turn.rows * output.element_size())
         size, first = max(1, len(rows) // FIRST), 0
         while first < len(rows):
-            size = min(size, max(1, BLOCK_BYTES // row))
+            size = min(size, max(1, BLOCK_BYTES // row), -(-len(rows) // MOST))
             yield rows[first : first + size]
             first, size = first + size, 2 * size
 
@@ -154,45 +190,112 @@ class Race:
         losses = losses.mean(1, keepdim=True) if self.shared else losses
         return losses.nan_to_num(nan=torch.inf)
 
-    def run(self, table: Tensor) -> Found:
-        """Find the best.
-
-        Args:
-            table: Numbers of the candidates that take part, shape (entries, groups).
-        """
-        goal = self.objective
-        count, parts = len(table), self.turn.parts
-        total = Sums(*torch.zeros(2, count, parts, dtype=torch.float64, device=table.device))
+    def run(self) -> Found:
+        """Find the best."""
+        goal, candidates = self.objective, self.candidates
+        total = Sums(*torch.zeros(2, len(candidates), self.turn.parts, dtype=torch.float64, device=candidates.device))
         terms = torch.zeros_like(total.square)
-        losses = torch.full(table.shape, torch.inf, dtype=torch.float64, device=table.device)
-        alive = torch.ones_like(table, dtype=torch.bool)
+        losses = torch.full(candidates.shape, torch.inf, dtype=torch.float64, device=candidates.device)
+        alive = torch.ones_like(losses, dtype=torch.bool)
         best = self.loss.clone()
         for i, (rows, energy) in enumerate(zip(self.blocks, self.energies, strict=True)):
-            most = int(alive.sum(0).max())
-            if not most:
+            if not alive.any():
                 break
-            entries = alive.to(torch.int8).argsort(dim=0, descending=True, stable=True)[:most]
-            sums = self.turn.sums(self.candidates.gather(0, table.gather(0, entries)), rows)
-            where = entries.expand(-1, parts)
+            where, sums = self.look(alive, rows)
             total.square.scatter_add_(0, where, sums.square)
             total.inner.scatter_add_(0, where, sums.inner)
             terms.scatter_add_(0, where, goal.terms(sums, energy))
+            bounds = self.reduced(goal.bounds(terms, self.energy))
             if i == 0 and len(self.blocks) > 1:
-                leader = self.reduced(goal.bounds(terms, self.energy)).argmin(0, keepdim=True)
-                loss = self.finish(table.gather(0, leader), leader.expand(-1, parts), total)
+                leader = bounds.argmin(0, keepdim=True)
+                loss = self.finish(leader, total)
                 losses.scatter_(0, leader, loss)
                 alive.scatter_(0, leader, False)
                 best = torch.minimum(best, loss[0])
-            alive &= self.reduced(goal.bounds(terms, self.energy)) <= best * (1 + ROUNDING)
+            alive &= bounds <= best * (1 + ROUNDING)
         losses = torch.where(alive, self.reduced(goal.losses(total, self.energy)), losses)
         choice = losses.argmin(0, keepdim=True)
-        return Found(table.gather(0, choice)[0], losses.gather(0, choice)[0], not bool(losses.any()))
+        return Found(choice[0], losses.gather(0, choice)[0], not bool(losses.any()))
 
-    def finish(self, entry: Tensor, where: Tensor, total: Sums) -> Tensor:
-        """Loss on all rows of one entry (1, groups) whose sums over the first block are there: shape (1, groups)."""
+    def look(self, alive: Tensor, rows: Tensor) -> tuple[Tensor, Sums]:
+        """Errors on some rows of the candidates that are in: their numbers, shape (entries, parts), and the sums.
+
+        Groups that have fewer than others are filled up with candidates that are out.
+        """
+        most = int(alive.sum(0).max())
+        entries = alive.to(torch.int8).argsort(dim=0, descending=True, stable=True)[:most]
+        return entries.expand(-1, self.turn.parts), self.turn.sums(self.candidates.gather(0, entries), rows)
+
+    def finish(self, leader: Tensor, total: Sums) -> Tensor:
+        """Loss on all rows of one candidate of each group, (1, groups), after the first block: shape (1, groups)."""
+        where = leader.expand(-1, self.turn.parts)
         sums = Sums(total.square.gather(0, where), total.inner.gather(0, where))
         for rows in self.blocks[1:]:
-            more = self.turn.sums(self.candidates.gather(0, entry), rows)
+            more = self.turn.sums(self.candidates.gather(0, leader), rows)
             sums.square += more.square
             sums.inner += more.inner
         return self.reduced(self.objective.losses(sums, self.energy))
+
+
+class SampledRace(Race):
+    """A race that gives up a candidate once it is unlikely to be the best, and ends once little is left to win.
+
+    After the rows where the current choice errs most come random samples of the others, as good as: every n-th of them
+    in the order of their errors. Losses on all rows are estimated from the samples, and so is the standard error of the
+    difference of two candidates' losses, from the differences on each sample.
+    """
+
+    def cut(self, rows: Tensor) -> Iterator[Tensor]:
+        """The rows where the current choice errs most, then samples of the others."""
+        top = -(-len(rows) // SAMPLES)
+        yield rows[:top]
+        rest = rows[top:]
+        count = min(SAMPLES, len(rest))
+        start = [(i * STEP) % count for i in range(count)] if math.gcd(count, STEP) == 1 else range(count)
+        yield from (rest[first::count] for first in start)
+
+    def run(self) -> Found:
+        """Find the best, or one that is about as good."""
+        goal, count = self.objective, len(self.blocks) - 1
+        alive = torch.ones_like(self.candidates, dtype=torch.bool)
+        seen: list[Tensor] = []  # of each block the share of the loss, shape (candidates, groups)
+        scale = torch.where(self.energy > 0, self.energy, 1.0) if goal.angular else goal.count
+        for rows, energy in zip(self.blocks, self.energies, strict=True):
+            where, sums = self.look(alive, rows)
+            share = torch.zeros(len(alive), self.turn.parts, dtype=torch.float64, device=alive.device)
+            share.scatter_(0, where, goal.terms(sums, energy) / scale)
+            seen.append(self.reduced(share))
+            if len(seen) < 3 or len(seen) > count:
+                continue
+            alive, settled = self.likely(alive, seen)
+            if settled:
+                break
+        losses = self.estimate(seen)
+        if goal.angular:
+            sine = losses.clamp(max=1)
+            losses = sine / (1 + (1 - sine).sqrt())
+        losses = torch.where(alive, losses, torch.inf)
+        choice = losses.argmin(0, keepdim=True)
+        return Found(choice[0], losses.gather(0, choice)[0], not bool(losses.any()))
+
+    def estimate(self, seen: list[Tensor]) -> Tensor:
+        """Losses on all rows from the first block and the samples so far; for the cosine of sin² in place of it."""
+        if len(seen) == 1:
+            return seen[0]
+        return seen[0] + torch.stack(seen[1:]).mean(0) * (len(self.blocks) - 1)
+
+    def likely(self, alive: Tensor, seen: list[Tensor]) -> tuple[Tensor, bool]:
+        """The candidates that may be the best, by the samples so far, and whether one of each group is enough."""
+        samples, count = len(seen) - 1, len(self.blocks) - 1
+        losses = torch.where(alive, self.estimate(seen), torch.inf)
+        leader = losses.argmin(0, keepdim=True)
+        each = torch.stack(seen[1:])
+        spread = (each - each.gather(1, leader.expand(samples, -1, -1))).std(0)
+        error = spread * count * (1 / samples - 1 / count) ** 0.5
+        sure = SURE * (1 + 6 / (samples - 1) ** 2)  # few samples do not give the standard error itself well
+        best = losses.gather(0, leader)
+        alive = alive & (losses - sure * error <= best)
+        may_win = torch.where(alive, best - losses + sure * error, 0.0).amax(0, keepdim=True)
+        done = may_win <= ENOUGH * best
+        only = torch.zeros_like(alive).scatter_(0, leader, True)
+        return torch.where(done, only, alive), bool(done.all())

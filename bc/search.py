@@ -19,13 +19,12 @@ from torch import Tensor
 from bc.errors import QuantizationError
 from bc.operands import Operand
 from bc.quantizers.base import SiteSamples
-from bc.racing import Found, Objective, Race
+from bc.racing import Found, Objective, Start
 from bc.token_turns import DirectInput, DirectWeight, QuadraticInput, QuadraticWeight
 from bc.turns import Forward, Heads, Turn
 
 Metric = Literal["fisher", "mse", "cosine", "self_kl"]
 Mode = Literal["exact", "fast"]
-STRIDES = (8, 3, 1)  # of the fast search: between candidates of a pass
 
 
 class SiteSearch:
@@ -51,8 +50,7 @@ class SiteSearch:
             operands: Its operands, at min-max; the search leaves its choices in them.
             metric: Of the score; see :class:`bc.racing.Objective`.
             memory_mib: Budget of temporaries.
-            mode: ``exact`` scores every candidate until it is hopeless, ``fast`` every eighth and then those around
-                the best.
+            mode: ``exact`` scores every candidate until it cannot win, ``fast`` until it is unlikely to.
         """
         for value in (*(o.value for o in operands), site.output):
             if not bool(torch.isfinite(value).all()):
@@ -123,32 +121,11 @@ class SiteSearch:
         assert candidates is not None
         # The mean of the parts' errors is the error of the whole, and the mean of their cosines is not its cosine.
         parts = self.parts if self.objective.angular or candidates.shape[1] > 1 else 1
-        race = Race(self.turn(index, parts=parts), self.objective, candidates, operand.chosen)
-        if self.mode == "fast":
-            return self._refined(race, operand)
-        everyone = torch.arange(len(candidates), device=candidates.device).unsqueeze(1)
-        found = race.run(everyone.expand_as(candidates))
+        turn = self.turn(index, parts=parts)
+        race = Start(turn, self.objective, candidates, operand.chosen).race(self.mode == "fast")
+        found = race.run()
         self._refuse_zero(found, index)
         return torch.where(found.loss < race.loss - race.tie, found.choice, operand.choice)
-
-    def _refined(self, race: Race, operand: Operand) -> Tensor:
-        """Best candidate of each group, found from coarse to fine: the score has one peak, but for rounding."""
-        assert operand.candidates is not None
-        order = operand.candidates.argsort(0)  # (candidates, groups)
-        last = len(order) - 1
-        best, loss = operand.choice, race.loss
-        near = torch.arange(0, last + STRIDES[0], STRIDES[0], device=order.device).clamp(max=last).unsqueeze(1)
-        table = torch.cat([order.gather(0, near.expand(-1, order.shape[1])), torch.zeros_like(order[:1])])
-        for wide, stride in zip(STRIDES, (*STRIDES[1:], 0), strict=True):
-            found = race.run(table)
-            better = found.loss < loss - race.tie
-            best, loss = torch.where(better, found.choice, best), torch.where(better, found.loss, loss)
-            race.loss = loss
-            if stride:
-                place = (order == best).to(torch.int8).argmax(0)
-                side = torch.arange(1, (wide - 1) // stride + 1, device=order.device).unsqueeze(1) * stride
-                table = order.gather(0, (place + torch.cat([-side, side])).clamp(0, last))
-        return best
 
     def _refuse_zero(self, found: Found, index: int) -> None:
         """A gradient so small that its square is zero gives no order to the candidates."""

@@ -116,47 +116,54 @@ class QuadraticInput(Tokens):
 class QuadraticWeight(Tokens):
     """Candidates of a Linear's weight, by the quadratic form: the rows of a are the weight's, b all tokens.
 
-    All tokens are in the second moments, and count as one row.
+    All tokens are in the second moments. A row is one output channel of each part.
     """
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        weight = self.weight.value
-        self.moment = weight.new_zeros(self.features, self.features)
-        self.cross, self.along = torch.zeros_like(weight), torch.zeros_like(weight) if self.with_inner else None
-        self.before = torch.zeros(2, self.parts, dtype=torch.float64, device=self.device)
+        value = self.weight.value
+        self.moment = value.new_zeros(self.features, self.features)
+        self.cross, self.along = torch.zeros_like(value), torch.zeros_like(value) if self.with_inner else None
+        self.before = torch.zeros(3, self.out, dtype=torch.float64, device=self.device)  # Σ r², Σ r · y, Σ y²
         for where, _ in self.pieces(1, self.rows, 3 * self.out + self.features, least=LEAST_ROWS):
             y = self.target[where]
             x = self.now(self.x[where])
-            error = (x @ weight.T).add_(self.rest(y))
+            error = (x @ value.T).add_(self.rest(y))
             self.moment += x.T @ x
             self.cross += error.T @ x
             if self.along is not None:
                 self.along += y.T @ x
-            square, inner = self.reduce(error, y, None)
-            self.before[0] += square.sum(0, dtype=torch.float64)
-            if inner is not None:
-                self.before[1] += inner.sum(0, dtype=torch.float64)
-        self.total = super().energy(torch.arange(self.rows, device=self.device))
-        self.rows = 1
+                self.before[1] += (error * y).sum(0)
+                self.before[2] += y.square().sum(0)
+            self.before[0] += error.square_().sum(0)
+        self.rows = self.out // self.parts
+
+    def channels(self, rows: Tensor) -> Tensor:
+        """Output channels of some rows, part by part."""
+        first = torch.arange(self.parts, device=self.device) * (self.out // self.parts)
+        return (first[:, None] + rows).flatten()
 
     def energy(self, rows: Tensor) -> Tensor:
         """See :meth:`Turn.energy`."""
-        return self.total
+        return self.before[2, self.channels(rows)].reshape(self.parts, -1).sum(1)
 
     def errors(self, parameters: Tensor, rows: Tensor) -> Errors:
         """See :meth:`Turn.errors`."""
-        weight = self.weight.value
-        for _, groups in self.pieces(len(parameters), 1, 3 * weight.numel()):
+        for where, groups in self.pieces(len(parameters), len(rows), 3 * self.parts * self.features, least=LEAST_ROWS):
+            some = self.channels(rows[where])
+            value, cross, before = self.weight.value[some], self.cross[some], self.before[:, some]
+            along = None if self.along is None else self.along[some]
             for chosen in groups:
-                change = self.weight.apply(parameters[chosen]).sub_(weight)
-                terms = (change @ self.moment).add_(self.cross, alpha=2).mul_(change)  # a row's add up to its error
-                square = self.by_part(terms) + self.before[0]
-                inner = None
-                if self.along is not None:
-                    inner = (self.by_part(change.mul_(self.along)) + self.before[1]).unsqueeze(1)
-                yield chosen, slice(0, 1), square.clamp_(min=0).unsqueeze(1), inner
+                change = self.weight.quantize(value.unsqueeze(0), self.shaped(parameters[chosen])).sub_(value)
+                terms = (change @ self.moment).add_(cross, alpha=2).mul_(change)  # a row's add up to its error
+                square = self.by_part(terms.sum(-1) + before[0]).clamp_(min=0)
+                inner = None if along is None else self.by_part(change.mul_(along).sum(-1) + before[1])
+                yield chosen, where, square, inner
 
-    def by_part(self, terms: Tensor) -> Tensor:
-        """Sum over the rows of each part: (candidates, out, in) ↦ (candidates, parts), fp64."""
-        return terms.sum(-1).double().reshape(len(terms), self.parts, -1).sum(-1)
+    def shaped(self, parameters: Tensor) -> Tensor:
+        """Parameters next to the weight's values."""
+        return parameters.reshape(len(parameters), *self.weight.shape)
+
+    def by_part(self, values: Tensor) -> Tensor:
+        """(candidates, parts · rows) ↦ (candidates, rows, parts)."""
+        return values.reshape(len(values), self.parts, -1).transpose(1, 2)

@@ -102,7 +102,8 @@ class SearchQuantizer(SiteQuantizer):
             candidates: Number of factors; min-max itself is tried besides.
             rounds: Most turns of the search through the two operands.
             memory_mib: Budget of the temporaries of candidates that are scored together.
-            search: ``exact`` (the best of all candidates) or ``fast`` (every eighth, then those around the best).
+            search: ``exact`` (the best of all candidates) or ``fast`` (gives up those that err much more than others
+                on a part of the samples).
         """
 
         weight_granularity: Granularity = "paper"
@@ -174,7 +175,7 @@ class SearchQuantizer(SiteQuantizer):
         start = symmetric_scale(weight.reshape(groups, -1).abs().amax(1), bits)
 
         def quantize(value: Tensor, scale: Tensor) -> Tensor:
-            return symmetric(value.reshape(1, groups, -1), scale, bits).reshape(-1, *weight.shape)
+            return symmetric(value.reshape(1, groups, -1), scale, bits).reshape(-1, *value.shape[-2:])
 
         def build(scale: Tensor) -> QuantizedWeight:
             return symmetric_weight(weight, scale, bits)
