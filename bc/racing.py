@@ -23,7 +23,9 @@ ROUNDING = 1e-5  # relative: a candidate is out only if it is worse by more than
 TIE = 16  # units in the last place of the sums: candidates that differ by less are equal
 FIRST, MOST = 32, 8  # the first rows are 1/32 of all, the next twice as many, and so on, up to 1/8 at a time
 SAMPLES, STEP = 64, 27  # of the sampled race; the order in which they are looked at
-SURE = 3.0  # standard errors by which a candidate is worse before it is given up
+SURE = 5.0  # standard errors by which a candidate is worse before it is given up: it is looked at often
+LEAST_SEEN = 6  # samples before these are trusted; until then a candidate goes that seems worse by this factor:
+HOPELESS = 2.0
 ENOUGH = 0.0005  # of the loss, relative: less is not worth looking at more samples
 LEAST_SAMPLE, MOST_GROUPS = 16, 16  # rows of a sample and groups for which the race is sampled
 BLOCK_BYTES = 32 * 2**20  # of the output's rows that are looked at together
@@ -289,13 +291,14 @@ class SampledRace(Race):
         samples, count = len(seen) - 1, len(self.blocks) - 1
         losses = torch.where(alive, self.estimate(seen), torch.inf)
         leader = losses.argmin(0, keepdim=True)
+        best = losses.gather(0, leader)
+        if samples < LEAST_SEEN:
+            return alive & (losses <= HOPELESS * best), False
         each = torch.stack(seen[1:])
         spread = (each - each.gather(1, leader.expand(samples, -1, -1))).std(0)
-        error = spread * count * (1 / samples - 1 / count) ** 0.5
-        sure = SURE * (1 + 6 / (samples - 1) ** 2)  # few samples do not give the standard error itself well
-        best = losses.gather(0, leader)
-        alive = alive & (losses - sure * error <= best)
-        may_win = torch.where(alive, best - losses + sure * error, 0.0).amax(0, keepdim=True)
+        error = SURE * spread * count * (1 / samples - 1 / count) ** 0.5
+        alive = alive & (losses - error <= best)
+        may_win = torch.where(alive, best - losses + error, 0.0).amax(0, keepdim=True)
         done = may_win <= ENOUGH * best
         only = torch.zeros_like(alive).scatter_(0, leader, True)
         return torch.where(done, only, alive), bool(done.all())

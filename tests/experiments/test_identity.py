@@ -186,3 +186,11 @@ def test_users_overrides_apply_to_every_cell() -> None:
 def test_schema_refuses_what_is_no_mapping() -> None:
     with pytest.raises(ValueError, match="bc: 'off' is not a group"):
         cell_config({"seed": 0, "bc": "off"})
+
+
+@pytest.mark.parametrize("quantizer", ["base_ptq", "easyquant", "ptq4vit", "apq_vit", "noisyquant"])
+def test_the_exact_search_is_not_part_of_a_hash(quantizer: str) -> None:
+    plain = ["model=tiny_vit", f"quantizer={quantizer}", "bits=w4a4", "data=embedded_vision"]
+    exact, fast = (compose_run([*plain, f"quantizer.search={mode}"]).cell for mode in ("exact", "fast"))
+    assert cell_hash(exact) == cell_hash(compose_run(plain).cell) != cell_hash(fast)
+    assert "search" not in scientific(exact)["quantizer"] and scientific(fast)["quantizer"]["search"] == "fast"
