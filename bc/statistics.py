@@ -119,5 +119,5 @@ class PositionSums:
             total = torch.cat([total[:k], total[k:].sum(0, keepdim=True)])
             count = torch.cat([count[:k], count[k:].sum(0, keepdim=True)])
         seen = count > 0
-        rows = torch.where(seen[:, None], total / count.clamp(min=1)[:, None], overall)
-        return rows.float()
+        rows = total / count.clamp(min=1)[:, None]
+        return (rows if bool(seen.all()) else torch.where(seen[:, None], rows, overall)).float()

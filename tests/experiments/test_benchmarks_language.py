@@ -74,7 +74,10 @@ def test_vision_biases_are_those_of_the_literal_protocol(kind: str) -> None:
 def test_every_stage_is_measured(tmp_path: Path) -> None:
     case = language.SMALL | {"window": 16}
     mine, other = language.ours(**case), language.literal(**case)
-    assert set(mine) == {"float pass", "gptq", "gptq with sums", "biases", "layer and block"}
+    assert set(mine) == {
+        *("float pass", "gptq", "gptq with sums", "biases", "layer and block"),
+        *("install", "seen sums", "seen sink", "seen positional"),
+    }
     assert set(other) == {"layer", "layer and block"}
     assert all(value >= 0 for value in [*mine.values(), *other.values()])
     assert set(language.vision_layers(language.VISION_SMALL, 4)) == {"ours", "literal"}
@@ -89,6 +92,12 @@ def test_gptq_is_no_worse_than_its_peer(bits: str) -> None:
     mine, other = gptq.ours(bits, **small), gptq.peer(bits, **small)
     assert set(mine) == set(other) == {"moments", "solve", "error"}
     assert mine["error"] == pytest.approx(other["error"], rel=0.05)
+
+
+def test_layer_and_block_scope_take_one_float_and_one_quantized_forward() -> None:
+    linears = 6  # of an OPT block; the literal protocol catches the input of each in a forward of its own
+    found = language.forwards(**(language.SMALL | {"window": 16}))
+    assert found == {"ours": 2, "literal": linears + 2}
 
 
 def test_gptq_is_measured_with_its_error_and_without_a_peer_says_so(
