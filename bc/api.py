@@ -17,7 +17,7 @@ from bc.errors import UserError
 from bc.evaluation import Accuracy, evaluate_accuracies, evaluate_accuracy, evaluate_perplexity
 from bc.pipeline import Collection, Engine, calibrate, compensate
 from bc.report import Report
-from bc.settings import REGULARISED, Bits, Compensation
+from bc.settings import Bits, Compensation
 
 
 def load(name: str, *, path: str | None = None, dtype: str = "float32") -> nn.Module:
@@ -80,9 +80,7 @@ def quantize(
     check_scopes(chain_of(model), settings.scope)
     engine = Engine(devices.resolve(device), batch_size)
     method = quantizers.create(quantizer, Bits.parse(bits), **options)
-    # what a bias of the Linears alone needs is collected while the quantizer passes there
-    alone = settings.scope == ("layer",) and settings.method == "bias" and method.needs_hessian and not method.tokens
-    collect = Collection(settings.granularity in REGULARISED) if alone else None
+    collect = Collection.wanted(settings, method)
     results = calibrate(model, method, calibration, engine, collect=collect)
     return compensate(
         model,

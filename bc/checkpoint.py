@@ -97,7 +97,7 @@ def load_means(folder: Path) -> dict[str, PositionSums]:
         name, _, part = key.rpartition(".")
         if part == "total":
             sums = PositionSums(*tensors[key].shape)
-            sums.total, sums.count = tensors[key].double(), tensors[f"{name}.count"].double()
+            sums.total, sums.count = tensors[key], tensors[f"{name}.count"].double()
             out[name] = sums
     for name in [name for name in out if name.endswith(SECOND)]:
         out[name.removesuffix(SECOND)].second = out.pop(name)

@@ -175,12 +175,12 @@ class BiasCompensation(nn.Module):
 
 
 def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:
+    stored = value.to(dtype)
+    if bool(torch.isfinite(stored).all()):
+        return stored
     if not bool(torch.isfinite(value).all()):
         raise QuantizationError("the bias is not finite; look for NaN or Inf in the weights or the activations")
-    stored = value.to(dtype)
-    if not bool(torch.isfinite(stored).all()):
-        raise QuantizationError(f"a bias of {value.abs().max():.3g} does not fit {dtype}; set bc.dtype=float32")
-    return stored
+    raise QuantizationError(f"a bias of {value.abs().max():.3g} does not fit {dtype}; set bc.dtype=float32")
 
 
 def attach(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,10 @@ from bc.install import install, installed
 from bc.parts import Part, leading
 from bc.passes import input_sums, linears, second_moments
 from bc.progress import track
+from bc.quantizers import available
 from bc.quantizers.base import Group, Quantizer, SiteQuantizer, SiteResult
 from bc.report import Report
-from bc.settings import Compensation
+from bc.settings import REGULARISED, Compensation
 from bc.site_calibration import calibrate_sites
 from bc.sites import Site, Unit
 from bc.statistics import PositionSums
@@ -90,18 +91,51 @@ def float_means(
 
 @dataclass
 class Collection:
-    """Sums of the Linears' float inputs that :func:`calibrate` leaves for :func:`compensate` as it passes there.
-
-    They are those of :func:`float_means`. The first block's come from the quantizer's own pass; the later ones take the
-    float blocks beside the quantized ones.
+    """Sums of the Linears' inputs that :func:`calibrate` leaves for :func:`compensate`, as it passes there anyway.
 
     Attributes:
         halves: Keep the sums of half the samples besides, as granularities ``shrink`` and ``lowrank`` need them.
+        stream: ``float``: the float model's inputs, as of :func:`float_means`; the first block's come from the
+            quantizer's own pass, the later ones take the float blocks beside the quantized ones. ``calibration``: the
+            inputs from which the quantizer took its second moments, at no forward of their own.
         sums: Filled by name of the first Linear of each group.
     """
 
     halves: bool = False
+    stream: Literal["float", "calibration"] = "float"
     sums: dict[str, PositionSums] = field(default_factory=dict)
+
+    @classmethod
+    def wanted(cls, settings: Compensation, quantizer: Quantizer) -> Collection | None:
+        """What is worth collecting while a model is calibrated for these settings; None where nothing is.
+
+        The float inputs are, where they alone are needed: a larger scope runs the float blocks anyway.
+
+        Raises:
+            UserError: The settings need sums that the quantizer has not.
+        """
+        halves = settings.granularity in REGULARISED
+        if settings.stream == "calibration" and settings.enabled:
+            require_second_moments(quantizer)
+            return cls(halves, "calibration")
+        seen = quantizer.needs_hessian and not quantizer.tokens
+        if settings.scope == ("layer",) and settings.method == "bias" and seen:
+            return cls(halves)
+        return None
+
+
+def require_second_moments(quantizer: Quantizer | type[Quantizer]) -> None:
+    """Refuse a quantizer that does not see its inputs by way of their second moments.
+
+    Raises:
+        UserError: Naming those that do.
+    """
+    if not quantizer.needs_hessian:
+        able = ", ".join(name for name, cls in available().items() if cls.needs_hessian)
+        raise UserError(
+            f"bc.stream: 'calibration' takes the inputs of the quantizer's second moments, and {quantizer.name!r} has "
+            f"none; set bc.stream=float, or one of {able} as quantizer"
+        )
 
 
 @torch.no_grad()
@@ -144,7 +178,9 @@ def calibrate(
             )
         assert samples is not None
         return calibrate_sites(chain, quantizer, engine.capture(chain, samples), engine.device)
-    if collect is not None and (not quantizer.needs_hessian or quantizer.tokens):
+    if collect is not None and collect.stream == "calibration":
+        require_second_moments(quantizer)
+    elif collect is not None and (not quantizer.needs_hessian or quantizer.tokens):
         raise UserError(
             f"collect: quantizer {quantizer.name!r} takes no second moments of all samples; use float_means"
         )
@@ -192,7 +228,9 @@ class _Walk:
         if self.collect is None:
             return second_moments(unit, stream)
         sums: dict[str, PositionSums] = {}
-        if self.exact is None:  # nothing is quantized yet: what the quantizer sees is the float model's
+        if self.collect.stream == "calibration":
+            hessians = second_moments(unit, stream, sums)
+        elif self.exact is None:  # nothing is quantized yet: what the quantizer sees is the float model's
             self.exact = stream.empty()
             hessians = second_moments(unit, stream, sums, None if last else self.exact)
         else:
@@ -262,7 +300,8 @@ def compensate(
         settings: Scope, granularity and stream of the biases.
         samples: Calibration samples or images, for what ``means`` does not cover.
         engine: How to run.
-        means: Result of :func:`float_means` on the same samples; computed where needed and absent.
+        means: Result of :func:`float_means` on the same samples, or the sums of a :class:`Collection`, which stream
+            ``calibration`` needs; otherwise computed where needed and absent.
         report_calibration: Calibration samples on which errors are measured; None measures none.
         report_held_out: Samples that are not used to fit, on which errors are measured; None measures none.
 
@@ -276,6 +315,10 @@ def compensate(
     chain = chain_of(model)
     _require_float(model)
     check_scopes(chain, settings.scope)
+    if settings.enabled and settings.stream == "calibration" and means is None:
+        raise UserError(
+            "bc.stream: 'calibration' needs the sums that calibrate(…, collect=…) keeps; give them as means"
+        )
     fit = Fit(chain, settings, engine.capture, quantized, means)
     fit.open_streams(samples, report_calibration, report_held_out)
     reports, storage = [], Storage()

@@ -19,7 +19,7 @@ AUTO = "auto"
 GRANULARITIES = ("channel", "sink", "positional", "shrink", "lowrank")
 REGULARISED = ("shrink", "lowrank")
 METHODS = ("bias", "affine", "linear", "classic")
-STREAMS = ("float", "quantized")
+STREAMS = ("float", "quantized", "calibration")
 BIAS_DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -120,7 +120,9 @@ class Compensation:
         granularity: ``channel`` (one bias per output channel), ``sink`` (the first positions have one each, the rest
             share one), ``positional`` (one per position and channel, the paper's), ``shrink`` (positional, but drawn
             to the channel's by its estimated noise) or ``lowrank`` (channel plus a product of rank r).
-        stream: The inputs fed to the quantized site while fitting: ``float`` (the paper) or ``quantized``.
+        stream: The inputs fed to the quantized site while fitting: ``float`` (the paper), ``quantized``, or, for scope
+            ``layer`` alone, ``calibration`` (those that the quantizer took its second moments from, which costs no
+            forward).
         sink_positions: Number of leading positions with a bias of their own at granularities ``sink``, ``shrink`` and
             ``lowrank``; 0 finds it on the calibration samples (:func:`bc.sinks.find_sinks`). A vision model has its
             class and distillation tokens instead.
@@ -135,7 +137,7 @@ class Compensation:
 
     scope: tuple[str, ...] = ()
     granularity: Literal["channel", "sink", "positional", "shrink", "lowrank"] = "channel"
-    stream: Literal["float", "quantized"] = "float"
+    stream: Literal["float", "quantized", "calibration"] = "float"
     sink_positions: int = 1
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     kinds: tuple[str, ...] = KINDS
@@ -167,6 +169,11 @@ class Compensation:
             raise UserError(f"bc.sink_positions: {self.sink_positions} is not allowed; use 1 or more, or 0 to find it")
         if not self.budget > 0:
             raise UserError(f"bc.budget: {self.budget} is not allowed; use a positive number of bits per weight")
+        if self.stream == "calibration" and self.enabled and (self.scope != ("layer",) or self.method != "bias"):
+            raise UserError(
+                f"bc.stream: 'calibration' is for a bias of scope layer alone, not for {self.method} of "
+                f"{'+'.join(self.scope)}; set bc.stream=float"
+            )
         self._check_method()
 
     def _check_method(self) -> None:

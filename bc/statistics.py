@@ -21,7 +21,7 @@ class PositionSums:
         halves: Keep the sums of the second half of every batch besides (single samples go to either in turn).
 
     Attributes:
-        total: fp64, shape (positions, channels).
+        total: Shape (positions, channels); fp64 while it grows, fp32 once it is stored.
         count: fp64, shape (positions,): how many vectors were added at each position.
         second: The sums of the second half, or None.
     """
@@ -61,14 +61,14 @@ class PositionSums:
 
     def merge(self, other: PositionSums) -> None:
         """Add the sums of other samples."""
-        self.total += other.total.to(self.total.device)
+        self.total = self.total.double() + other.total.to(self.total.device)
         self.count += other.count.to(self.count.device)
         if self.second is not None and other.second is not None:
             self.second.merge(other.second)
 
     def as_stored(self) -> PositionSums:
-        """The sums on the CPU with the precision of a file."""
-        self.total, self.count = self.total.cpu().float().double(), self.count.cpu()
+        """The sums on the CPU with the precision and the size that they have in a file."""
+        self.total, self.count = self.total.cpu().float(), self.count.cpu()
         if self.second is not None:
             self.second.as_stored()
         return self
@@ -90,7 +90,7 @@ class PositionSums:
         """Sums of the first half of the samples."""
         assert self.second is not None, "the halves were not kept"
         found = PositionSums(self.total.shape[0], self.total.shape[1], self.total.device)
-        found.total, found.count = self.total - self.second.total, self.count - self.second.count
+        found.total, found.count = self.total.double() - self.second.total, self.count - self.second.count
         return found
 
     def mean(self, granularity: str, sink_positions: int = 1) -> Tensor:
@@ -110,14 +110,14 @@ class PositionSums:
         samples = self.count.sum()
         if samples == 0:
             raise UserError("calibration: no samples were seen; give at least one")
-        overall = self.total.sum(0, keepdim=True) / samples
+        overall = self.total.sum(0, keepdim=True, dtype=torch.float64) / samples
         if granularity == "channel":
             return overall.float()
-        total, count = self.total, self.count
+        total, count = self.total.double(), self.count
         if granularity == "sink":
             k = min(sink_positions, len(count) - 1) if len(count) > 1 else 0
             total = torch.cat([total[:k], total[k:].sum(0, keepdim=True)])
             count = torch.cat([count[:k], count[k:].sum(0, keepdim=True)])
         seen = count > 0
-        rows = torch.where(seen[:, None], total / count.clamp(min=1)[:, None], overall)
-        return rows.float()
+        rows = total / count.clamp(min=1)[:, None]
+        return (rows if bool(seen.all()) else torch.where(seen[:, None], rows, overall)).float()

@@ -20,7 +20,7 @@ from bc.quantizers.base import SiteResult
 from bc.settings import AUTO, REGULARISED
 from bc.statistics import PositionSums
 from experiments.config import CellConfig
-from experiments.identity import means_hash, weights_hash
+from experiments.identity import means_hash, seen_hash, weights_hash
 from experiments.store import remove_leftovers, set_aside
 
 log = logging.getLogger(__name__)
@@ -70,18 +70,33 @@ def float_statistics(
     results: Path, cell: CellConfig, make: Callable[[], dict[str, PositionSums]]
 ) -> Shared[dict[str, PositionSums]]:
     """The float model's sums of inputs by position, made if they are not there; arguments as above."""
-    halves = cell.bc.granularity in REGULARISED or AUTO in cell.bc.scope
-    digits = means_hash(cell, halves)[:DIGITS]
+    return _sums(results, "means", means_hash(cell, with_halves(cell)), make)
 
+
+def calibration_statistics(
+    results: Path, cell: CellConfig, make: Callable[[], dict[str, PositionSums]]
+) -> Shared[dict[str, PositionSums]]:
+    """Sums of the inputs that the quantizer saw, made if they are not there; arguments as above."""
+    return _sums(results, "seen", seen_hash(cell, with_halves(cell)), make)
+
+
+def with_halves(cell: CellConfig) -> bool:
+    """Whether a cell needs the sums of half the samples besides."""
+    return cell.bc.granularity in REGULARISED or AUTO in cell.bc.scope
+
+
+def _sums(
+    results: Path, kind: str, identity: str, make: Callable[[], dict[str, PositionSums]]
+) -> Shared[dict[str, PositionSums]]:
     def load(path: Path) -> tuple[dict[str, PositionSums], float]:
         means = load_means(path)
         with safe_open(str(path / MEANS_FILE), framework="pt") as file:
             return means, float(file.metadata()["seconds"])
 
     def save(path: Path, means: dict[str, PositionSums], seconds: float) -> None:
-        save_means(path, means, {"seconds": repr(seconds), "identity": means_hash(cell, halves)})
+        save_means(path, means, {"seconds": repr(seconds), "identity": identity})
 
-    return _obtain(results / "artefacts" / f"means-{digits}", make, load, save)
+    return _obtain(results / "artefacts" / f"{kind}-{identity[:DIGITS]}", make, load, save)
 
 
 def _obtain(

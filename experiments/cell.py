@@ -6,6 +6,7 @@ import gc
 import logging
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,11 +18,11 @@ from bc import device as devices
 from bc.checkpoint import MODEL_FILE, save_model
 from bc.choice import choose
 from bc.errors import UserError
-from bc.quantizers.base import SiteResult
+from bc.quantizers.base import Quantizer, SiteResult
 from bc.report import Report
-from bc.settings import AUTO, REGULARISED, Compensation
+from bc.settings import Compensation
 from bc.statistics import PositionSums
-from experiments.artefacts import Shared, float_statistics, quantized_weights
+from experiments.artefacts import Shared, calibration_statistics, float_statistics, quantized_weights, with_halves
 from experiments.attempts import with_smaller_batches
 from experiments.config import BATCH, CellConfig, RunConfig
 from experiments.data import ImageData
@@ -161,14 +162,16 @@ def quantize(
     calibration = samples.calibration
     quantizer = quantizers.create(cell.quantizer, cell.bits, **cell.options)
     say_short_groups(model, cell)
-    means, halves = None, settings.granularity in REGULARISED or AUTO in settings.scope
+    means, seen = None, settings.enabled and settings.stream == "calibration"
     closed = settings.method == "bias" and ("layer" in settings.scope or settings.searched)
-    if cell.domain == "text" and closed:
+    if cell.domain == "text" and closed and not seen:
         with watch.stage("statistics"):
             means = float_statistics(
-                run.results, cell, lambda: pipeline.float_means(model, calibration, engine, halves=halves)
+                run.results, cell, lambda: pipeline.float_means(model, calibration, engine, halves=with_halves(cell))
             )
     with watch.stage("quantize"):
+        if seen:
+            means = seen_statistics(run, model, quantizer, calibration, engine)
         weights = quantized_weights(
             run.results, cell, lambda: pipeline.calibrate(model, quantizer, calibration, engine)
         )
@@ -189,8 +192,25 @@ def quantize(
             report_calibration=_first(samples.fit, cell.report.calibration_samples),
             report_held_out=_first(samples.selection, cell.report.held_out_samples),
         )
-    spent = watch.seconds["compensate"] - report.seconds_measure + (means.seconds if means else 0.0)
+    spent = watch.seconds["compensate"] - report.seconds_measure
+    spent += means.seconds if means and not seen else 0.0  # those that were seen come with the weights
     return report, facts | {"seconds_bc": spent if cell.bc.enabled else 0.0}
+
+
+def seen_statistics(
+    run: RunConfig, model: Any, quantizer: Quantizer, calibration: Tensor, engine: pipeline.Engine
+) -> Shared[dict[str, PositionSums]]:
+    """Sums of the inputs that the quantizer saw, from the pass that makes the weights where they are not there yet."""
+    cell = run.cell
+
+    def make() -> dict[str, PositionSums]:
+        collect = pipeline.Collection(with_halves(cell), "calibration")
+        walk = partial(pipeline.calibrate, model, quantizer, calibration, engine, collect=collect)
+        if quantized_weights(run.results, cell, walk).found:
+            walk()
+        return collect.sums
+
+    return calibration_statistics(run.results, cell, make)
 
 
 def choose_settings(

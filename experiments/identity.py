@@ -119,6 +119,11 @@ def means_hash(cell: CellConfig, halves: bool = False) -> str:
     return digest(part | {"halves": True} if halves else part)
 
 
+def seen_hash(cell: CellConfig, halves: bool = False) -> str:
+    """Identity of the sums of the inputs that a quantizer saw: that of the weights that it made."""
+    return digest({"weights": weights_hash(cell), "halves": halves})
+
+
 def with_seed(cell: CellConfig, seed: int) -> CellConfig:
     """The same cell with another seed."""
     return replace(cell, seed=seed)

@@ -21,6 +21,7 @@ from bc.grid import Grid, QuantizedWeight, decode, encode, fit_range, group_inde
 from bc.quantizers.base import Group, Quantizer, SiteResult
 from bc.settings import Bits
 
+INNER = 16  # columns between which single updates pass; wider ones are matrix products
 MAX_DAMPING = 1.0
 DAMPING_FACTOR = 10.0
 
@@ -189,30 +190,42 @@ def gptq(
 def _sweep(
     w: Tensor, upper: Tensor, grid: Grid, scale: Tensor, zero: Tensor, group: Tensor, block_size: int, dynamic_size: int
 ) -> Tensor:
-    """Visit the columns in order; fills ``scale`` and ``zero`` of dynamic groups, returns the codes."""
-    columns = w.shape[1]
-    w = w.T.contiguous()  # a column at a time is read and written: let it lie in one piece
-    codes = torch.empty_like(w, dtype=torch.uint8)
-    group_of = group.tolist()
+    """Visit the columns in order; fills ``scale`` and ``zero`` of dynamic groups, and returns the codes.
+
+    Everything is held transposed, so that a column lies in one piece of memory. A block's errors reach the columns
+    behind it in one product when it is done. Inside it, runs of :data:`INNER` columns take what the block owes them
+    when their turn comes, and only columns of one run are updated one by one.
+    """
+    w, scale_t, zero_t = w.T.contiguous(), scale.T.contiguous(), zero.T.contiguous()
+    columns, rows = w.shape
+    codes = torch.empty(columns, rows, dtype=torch.uint8, device=w.device)
+    pivots, group_of = upper.diagonal().tolist(), group.tolist()
+    errors = w.new_empty(min(block_size, columns), rows)
+
+    def new_scale(j: int, start: int, last: int) -> None:
+        """Scale of the dynamic group that begins at column j, of a block's run that ends before ``last``."""
+        current = w[j : j + dynamic_size].clone()
+        if j + dynamic_size > last:  # columns past this run have not had this block's updates yet
+            late = slice(last, min(j + dynamic_size, columns))
+            current[last - j :] -= upper[start:j, late].T @ errors[: j - start]
+        s, z = fit_range(current.T, grid.bits, grid.symmetric, grid.clip)
+        scale_t[group_of[j]], zero_t[group_of[j]] = s[:, 0], z[:, 0]
+
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
-        errors = torch.zeros_like(w[start:stop])
-        with cpu_threads(1):
-            diagonal = upper.diagonal()[start:stop].tolist()
-            for j in range(start, stop):
-                g = group_of[j]
-                if dynamic_size and j % dynamic_size == 0:
-                    current = w[j : j + dynamic_size].clone()
-                    if j + dynamic_size > stop:  # columns past this block have not had this block's updates yet
-                        late = slice(stop, min(j + dynamic_size, columns))
-                        current[stop - j :] -= upper[start:j, late].T @ errors[: j - start]
-                    s, z = fit_range(current.T, grid.bits, grid.symmetric, grid.clip)
-                    scale[:, g : g + 1], zero[:, g : g + 1] = s, z
-                s, z = scale[:, g], zero[:, g]
-                q = encode(w[j], s, z, grid.bits)
-                codes[j] = q
-                error = (w[j] - decode(q, s, z)).div_(diagonal[j - start])
-                w[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
-                errors[j - start] = error
-        w[stop:] -= upper[start:stop, stop:].T @ errors
+        for first in range(start, stop, INNER):
+            last = min(first + INNER, stop)
+            w[first:last] -= upper[start:first, first:last].T @ errors[: first - start]
+            with cpu_threads(1):
+                for j in range(first, last):
+                    if dynamic_size and j % dynamic_size == 0:
+                        new_scale(j, start, last)
+                    s, z = scale_t[group_of[j]], zero_t[group_of[j]]
+                    q = encode(w[j], s, z, grid.bits)
+                    codes[j] = q
+                    error = torch.sub(w[j], decode(q, s, z), out=errors[j - start]).div_(pivots[j])
+                    w[j + 1 : last].addr_(upper[j, j + 1 : last], error, alpha=-1)
+        w[stop:].addmm_(upper[start:stop, stop:].T, errors[: stop - start], alpha=-1)
+    scale.copy_(scale_t.T)
+    zero.copy_(zero_t.T)
     return codes.T.contiguous()

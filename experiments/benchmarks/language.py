@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,16 +24,22 @@ from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
 from bc import quantizers, vision
+from bc.calibration import Stream
 from bc.chains import chain_of
 from bc.install import install
 from bc.pipeline import Collection, Engine, calibrate, compensate
 from bc.settings import Bits, Compensation
+from bc.statistics import PositionSums
 from experiments.benchmarks import literal_bc_vision, literal_language, measure
 
 MODULE = "experiments.benchmarks.language"
 CPU = torch.device("cpu")
 ENGINE = Engine(CPU, 4)
 LAYER = Compensation(("layer",), "positional")
+SEEN = {
+    "sink": Compensation(("layer",), "sink", "calibration"),
+    "positional": Compensation(("layer",), "positional", "calibration"),
+}
 BLOCK = Compensation(("layer", "block"), "positional")
 OPT_125M = {"blocks": 2, "width": 768, "heads": 12, "inner": 3072, "samples": 4, "window": 2048}
 SMALL = {"blocks": 2, "width": 64, "heads": 4, "inner": 128, "samples": 4, "window": 64}
@@ -99,7 +106,41 @@ def ours(blocks: int, width: int, heads: int, inner: int, samples: int, window: 
     twins = [copy.deepcopy(model) for _ in range(2)]
     stages.run("biases", lambda: compensate(twins[0], results, LAYER, ids, ENGINE, means=collect.sums))
     stages.run("layer and block", lambda: compensate(twins[1], results, BLOCK, ids, ENGINE))
+    seen = Collection(stream="calibration")
+    with spent_in((Stream, "add"), (PositionSums, "as_stored")) as spent:
+        calibrate(model, quantizer, ids, ENGINE, collect=seen)
+    stages.seconds["seen sums"] = sum(spent)  # not the difference of two long runs, which differ by more than this
+    stages.run("install", lambda: compensate(copy.deepcopy(model), results, Compensation(), ids, ENGINE))
+    for name, settings in SEEN.items():
+        stages.run(
+            f"seen {name}",
+            lambda settings=settings: compensate(copy.deepcopy(model), results, settings, ids, ENGINE, means=seen.sums),
+        )
     return stages.seconds
+
+
+@contextmanager
+def spent_in(*methods: tuple[type, str]) -> Iterator[list[float]]:
+    """CPU seconds of every call of some methods while this lasts."""
+    seconds: list[float] = []
+    originals = [getattr(owner, name) for owner, name in methods]
+
+    def timed(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            started = time.process_time()
+            result = original(*args, **kwargs)
+            seconds.append(time.process_time() - started)
+            return result
+
+        return call
+
+    for (owner, name), original in zip(methods, originals, strict=True):
+        setattr(owner, name, timed(original))
+    try:
+        yield seconds
+    finally:
+        for (owner, name), original in zip(methods, originals, strict=True):
+            setattr(owner, name, original)
 
 
 def literal(blocks: int, width: int, heads: int, inner: int, samples: int, window: int) -> dict[str, float]:
@@ -117,6 +158,25 @@ def literal(blocks: int, width: int, heads: int, inner: int, samples: int, windo
             lambda block=block, twin=twin: literal_language.compensate(model, twin, names, ids, block_scope=block),
         )
     return stages.seconds
+
+
+def forwards(blocks: int, width: int, heads: int, inner: int, samples: int, window: int) -> dict[str, float]:
+    """Forwards of a block, float and quantized together, that layer and block scope take for each block and sample."""
+    model, ids, passed = opt(blocks, width, heads, inner, window), windows(samples, window), [0]
+    results = calibrate(model, quantizers.create("rtn", Bits.parse("w3")), None, ENGINE)
+    units = chain_of(model).units
+
+    def count(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        passed[0] += len(args[0] if args else kwargs["hidden_states"])
+
+    for unit in units:  # copies of a module keep its hooks
+        unit.module.register_forward_hook(count, with_kwargs=True)
+    found = {}
+    twin = copy.deepcopy(model)
+    literal_language.compensate(model, twin, [unit.name for unit in units], ids, block_scope=True)
+    found["literal"], passed[0] = passed[0] / (samples * blocks), 0
+    compensate(model, results, BLOCK, ids, ENGINE)
+    return found | {"ours": passed[0] / (samples * blocks)}
 
 
 def vision_layers(shape: dict[str, int], images: int) -> dict[str, float]:
@@ -169,6 +229,15 @@ def bc_rows(quick: bool) -> list[dict[str, Any]]:
     about = " ".join(f"{name}={value}" for name, value in case.items())
     layer = mine["gptq with sums"] - mine["gptq"] + mine["biases"]
     rows: list[dict[str, Any]] = [
+        {
+            "what": f"layer scope added to GPTQ, calibration stream, {name}",
+            "ours": mine["seen sums"] + max(0.0, mine[f"seen {name}"] - mine["install"]),
+            "peer": mine["gptq"],
+            "of": "GPTQ alone",
+        }
+        for name in SEEN
+    ]
+    rows += [
         {"what": "layer scope added to GPTQ", "ours": layer, "peer": mine["gptq"], "of": "GPTQ alone"},
         {"what": "layer scope", "ours": layer, "peer": other["layer"], "of": "literal protocol"},
         {
@@ -184,6 +253,15 @@ def bc_rows(quick: bool) -> list[dict[str, Any]]:
             "of": "float pass over the blocks",
         },
     ]
+    counted = forwards(**SMALL)
+    rows.append(
+        {
+            "what": "block forwards of layer and block scope",
+            "ours": counted["ours"],
+            "peer": counted["literal"],
+            "of": "literal protocol",
+        }
+    )
     rows = [row | {"case": about} for row in rows]
     shape, images = (VISION_SMALL, 16) if quick else (VISION, 64)
     seen = middle(measure.run(f"{MODULE}:vision_layers", {"shape": shape, "images": images}, repeats))
@@ -208,7 +286,8 @@ def scaling_rows(quick: bool) -> list[dict[str, Any]]:
         for change in points[:2] if quick else points:
             case = POINT | change
             values = middle(measure.run(f"{MODULE}:calibration", case, 1 if quick else 3))
-            rows.append({"curve": name, "at": case[name], **values})
+            needed = values["two_blocks_mib"] + values["activations_mib"]
+            rows.append({"curve": name, "at": case[name], **values, "peak_over_needed": values["peak_mib"] / needed})
         at = np.log([row["at"] for row in rows])
         for quantity in ("cpu_seconds", "peak_mib"):
             slope = float(np.polyfit(at, np.log([max(row[quantity], 1e-3) for row in rows]), 1)[0])

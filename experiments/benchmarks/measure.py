@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -16,18 +15,23 @@ from typing import Any
 
 import torch
 
+from bc import device as devices
 from experiments.provenance import commit, versions
 
 MARK = "measured: "
+CPU = torch.device("cpu")
 
 
-def run(function_path: str, arguments: dict[str, Any], repeats: int) -> list[dict[str, Any]]:
+def run(
+    function_path: str, arguments: dict[str, Any], repeats: int, python: str = sys.executable
+) -> list[dict[str, Any]]:
     """Call a function, each time in a new process.
 
     Args:
         function_path: ``module:function``; what it returns must go into JSON.
         arguments: Its keyword arguments, as JSON has them.
         repeats: Number of calls.
+        python: The interpreter.
 
     Returns:
         For each call ``cpu_seconds``, ``wall_seconds``, ``peak_mib`` (memory that the call took at most, over what the
@@ -36,7 +40,7 @@ def run(function_path: str, arguments: dict[str, Any], repeats: int) -> list[dic
     Raises:
         RuntimeError: The call failed.
     """
-    command = [sys.executable, "-m", __name__, function_path, json.dumps(arguments)]
+    command = [python, "-m", __name__, function_path, json.dumps(arguments)]
     found = []
     for _ in range(repeats):
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
@@ -48,22 +52,13 @@ def run(function_path: str, arguments: dict[str, Any], repeats: int) -> list[dic
 
 
 def peak_mib() -> float:
-    """Most memory that this process had so far, or since it was forgotten, MiB.
-
-    Linux starts the peak that getrusage tells with that of the process that began this one, so its own is read where it
-    is told.
-    """
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    own = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
-    return (own[0] if own else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1024
+    """Most memory that this process had so far, or since it was forgotten, MiB."""
+    return devices.peak_memory_mb(CPU)
 
 
 def forget_peak() -> None:
     """Let the peak start anew from what the process has now; Linux alone can."""
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists():
-        clear.write_text("5")
+    devices.reset_peak_memory(CPU)
 
 
 def _measured(function_path: str, arguments: dict[str, Any]) -> dict[str, Any]:

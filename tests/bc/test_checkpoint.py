@@ -194,7 +194,7 @@ def test_means_round_trip(name, tmp_path):
     for key, sums in means.items():
         assert torch.equal(found[key].count, sums.count)
         assert np.allclose(found[key].total.numpy(), sums.total.numpy(), rtol=1e-6)
-        assert found[key].total.dtype == torch.float64
+        assert found[key].total.dtype == torch.float32  # half the memory, for all blocks at once
         for granularity in ("channel", "sink", "positional"):
             assert torch.allclose(found[key].mean(granularity), sums.mean(granularity), rtol=1e-5, atol=1e-6)
 

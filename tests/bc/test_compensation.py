@@ -110,6 +110,19 @@ def test_flattened_tokens_are_the_same_samples():
     assert torch.equal(flat.total, sums_of([(values, positions, valid)]).total)
 
 
+@pytest.mark.parametrize("granularity", ["channel", "sink", "positional"])
+def test_stored_sums_are_rounded_once_and_then_taken_in_double_precision(granularity):
+    values = 1e3 + torch.randn(7, LENGTH, 4, generator=torch.Generator().manual_seed(0))
+    batches = [(values, torch.arange(LENGTH)[None], None)]
+    wide, stored, other = sums_of(batches), sums_of(batches).as_stored(), sums_of(batches).as_stored()
+    wide.total = wide.total.float().double()
+    assert stored.total.dtype == torch.float32
+    assert torch.equal(stored.mean(granularity), wide.mean(granularity))
+    stored.merge(other)
+    wide.merge(wide)
+    assert torch.equal(stored.mean(granularity), wide.mean(granularity))
+
+
 def test_a_position_without_samples_gets_the_mean_of_all():
     values = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
     rows = sums_of([(values, torch.arange(3)[None], None)], length=5).mean("positional")

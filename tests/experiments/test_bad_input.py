@@ -30,6 +30,8 @@ MISTAKES = [
     (["bc.granularity=row"], "bc.granularity: 'row' is not known", "sink"),
     (["bc.scope=layer"], "bc.scope: 'layer' is not a list", "bc.scope=["),
     (["bc.scope=[layers]"], "bc.scope: 'layers' is not known", "layer"),
+    (["quantizer=rtn", "bc=sink", "bc.stream=calibration"], "bc.stream: 'calibration'", "bc.stream=float"),
+    (["quantizer=gptq", "bc=paper", "bc.stream=calibration"], "bc.stream: 'calibration'", "bc.stream=float"),
     (["seed=-1"], "seed: -1 is not allowed", "0 or more"),
     (["seed=0,1"], "seed: 0,1 is several values", "-m"),
     (["quantizer=none"], "bits: w4 does not go with quantizer=none", "bits=float"),

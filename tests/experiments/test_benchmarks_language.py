@@ -16,7 +16,7 @@ from bc.compensation import compensation_of
 from bc.install import install
 from bc.pipeline import Engine, calibrate, compensate
 from bc.settings import Bits, Compensation
-from experiments.benchmarks import language, literal_bc_vision, literal_language, measure
+from experiments.benchmarks import gptq, language, literal_bc_vision, literal_language, measure
 from tests.bc.vision.conftest import make
 from tests.conftest import VOCABULARY, tiny_model
 
@@ -74,12 +74,55 @@ def test_vision_biases_are_those_of_the_literal_protocol(kind: str) -> None:
 def test_every_stage_is_measured(tmp_path: Path) -> None:
     case = language.SMALL | {"window": 16}
     mine, other = language.ours(**case), language.literal(**case)
-    assert set(mine) == {"float pass", "gptq", "gptq with sums", "biases", "layer and block"}
+    assert set(mine) == {
+        *("float pass", "gptq", "gptq with sums", "biases", "layer and block"),
+        *("install", "seen sums", "seen sink", "seen positional"),
+    }
     assert set(other) == {"layer", "layer and block"}
     assert all(value >= 0 for value in [*mine.values(), *other.values()])
     assert set(language.vision_layers(language.VISION_SMALL, 4)) == {"ours", "literal"}
     point = language.calibration(**(language.POINT | {"width": 64, "heads": 1, "inner": 64, "window": 16}))
     assert point["activations_mib"] == 2 * 16 * 16 * 64 * 4 / 2**20 and point["two_blocks_mib"] > 0
+
+
+@pytest.mark.parametrize("bits", ["w4", "w3g16"])
+def test_gptq_is_no_worse_than_its_peer(bits: str) -> None:
+    pytest.importorskip("gptqmodel.quantization", reason="gptqmodel is not installed (extra 'crosscheck')")
+    small = {"width": 64, "inner": 96, "samples": 2, "window": 64}
+    mine, other = gptq.ours(bits, **small), gptq.peer(bits, **small)
+    assert set(mine) == set(other) == {"moments", "solve", "error"}
+    assert mine["error"] == pytest.approx(other["error"], rel=0.05)
+
+
+def test_layer_and_block_scope_take_one_float_and_one_quantized_forward() -> None:
+    linears = 6  # of an OPT block; the literal protocol catches the input of each in a forward of its own
+    found = language.forwards(**(language.SMALL | {"window": 16}))
+    assert found == {"ours": 2, "literal": linears + 2}
+
+
+def test_gptq_is_measured_with_its_error_and_without_a_peer_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {"width": 32, "inner": 48, "samples": 2, "window": 16}
+    errors = [gptq.ours(bits, **small)["error"] for bits in ("w2", "w4", "w8")]
+    assert errors[0] > 10 * errors[1] > 100 * errors[2] > 0
+    w, x = torch.eye(3), [torch.ones(1, 2, 3)]
+    assert gptq.relative_error(w, torch.diag(torch.tensor([1.0, 1.0, 0.0])), x) == pytest.approx(1 / 3)
+    monkeypatch.setattr(gptq, "PEER", "no_such_package")
+    monkeypatch.setattr(measure, "run", lambda *_: [{"result": gptq.version()}])
+    assert gptq.main(["--quick", "--out", str(tmp_path)]) == 0
+    assert "no_such_package is not installed" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_memory_of_the_starting_process_is_not_the_started_ones() -> None:
+    held = torch.ones(2**26)  # 256 MiB in this process
+    (run,) = measure.run(f"{__name__}:hold", {"mib": 64}, 1)
+    assert held.sum() > 0 and 60 < run["peak_mib"] < 120
+
+
+def hold(mib: int) -> float:
+    """Take so much memory for a moment."""
+    return float(torch.ones(mib * 2**18).sum())
 
 
 def test_what_is_measured_is_kept_with_its_machine(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from bc import device as devices
+from bc.checkpoint import load_means
 from bc.errors import QuantizationError
 from experiments import language
 from experiments.records import rows_of
@@ -63,6 +65,25 @@ def test_sweep_on_every_family(workspace: Workspace, model: str, capsys: pytest.
     assert len(list((workspace.results / "artefacts").glob("weights-*"))) == 1
     assert len(list((workspace.results / "artefacts").glob("means-*"))) == 1
     assert "3 complete" in capsys.readouterr().out
+
+
+def test_the_calibration_stream_keeps_the_sums_of_the_weights(workspace: Workspace) -> None:
+    """They come from the pass that makes the weights, or from one more where those are there already."""
+    cell = ("quantizer=gptq", "bits=w3", "bc=sink", "bc.stream=calibration")
+    folder = workspace.results / "artefacts"
+    assert workspace.run(*cell) == 0
+    (seen,), (weights,) = folder.glob("seen-*/*"), folder.glob("weights-*")
+    assert not list(folder.glob("means-*"))
+    first, made = load_means(seen.parent), weights.read_bytes()
+    assert workspace.run(*cell, "bc.granularity=channel") == 0  # shares both
+    assert len(list(folder.iterdir())) == len([seen, weights]) + len(list(folder.glob(".*")))
+    shutil.rmtree(seen.parent)
+    assert workspace.run(*cell, "bc.granularity=positional") == 0
+    again = load_means(seen.parent)
+    assert weights.read_bytes() == made
+    assert first.keys() == again.keys() and all(torch.equal(first[k].total, again[k].total) for k in first)
+    streams = {json.loads((c / "result.json").read_text())["label"]["stream"] for c in workspace.cells()}
+    assert streams == {"calibration"} and len(workspace.cells()) == 3
 
 
 def test_finished_cells_are_skipped(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
