@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -258,17 +258,12 @@ class Fit:
         goals: Sums = self.means if self.means is not None else {}
         if self.means is None:
             assert self.float_fit is not None
-            takers: dict[bool, dict[nn.Module, Taker]] = {True: {}, False: {}}
-            for first in (group[0] for group in self.sites(unit)):
-                takers[first.kind == "linear"][find(source, unit.path(first))] = _adding_edge(
-                    self.float_fit, goals, first
-                )
-            self._float_pass(source, scopes, takers[True], takers[False])
+            firsts = {group[0]: find(source, unit.path(group[0])) for group in self.sites(unit)}
+            self._float_pass(source, scopes, *_adding_edges(self.float_fit, goals, firsts))
         for group in self.sites(unit):
             first, seen = group[0], Sums()
-            takers = {True: {}, False: {}}
-            takers[first.kind == "linear"][first.module] = _adding_edge(self.quantized_fit, seen, first)
-            advance(self.quantized_fit, unit.module, takers[True], takers[False], whole=False)
+            edges = _adding_edges(self.quantized_fit, seen, {first: first.module})
+            advance(self.quantized_fit, unit.module, *edges, whole=False)
             goal, got = goals[first.name], seen[first.name]
             if first.kind != "linear":
                 bias = self._table(unit, [goal, got], lambda a, b: a - b, first.layout)
@@ -378,8 +373,14 @@ def _adding_quantized(stream: Stream, sums: Sums, site: Site) -> Taker:
     return lambda args, output: stream.add(sums, f"{site.name} quantized", quantizers.quantized(args)[0])
 
 
-def _adding_edge(stream: Stream, sums: Sums, site: Site) -> Taker:
-    """Function that adds the inputs of a Linear, called before it runs, or the outputs of any other site."""
-    if site.kind == "linear":
-        return adding(stream, sums, site.name)
+def _adding_edges(
+    stream: Stream, sums: Sums, modules: Mapping[Site, nn.Module]
+) -> tuple[dict[nn.Module, Taker], dict[nn.Module, Taker]]:
+    """Functions that add the inputs of Linears, called before these run, and the outputs of other sites."""
+    before = {m: adding(stream, sums, site.name) for site, m in modules.items() if site.kind == "linear"}
+    after = {m: _adding_output(stream, sums, site) for site, m in modules.items() if site.kind != "linear"}
+    return before, after
+
+
+def _adding_output(stream: Stream, sums: Sums, site: Site) -> Taker:
     return lambda args, output: stream.add(sums, site.name, output, site.layout)

@@ -170,9 +170,7 @@ def second_moments(
         moment = found[group[0].name] = SecondMoment(module.in_features, module.weight.device)
         take = _adding_products(stream, moment)
         before[module] = take if sums is None else both(take, adding(stream, sums, group[0].name))
-    for output in passed(stream, unit.module, before, whole=to is not None):
-        if to is not None and output is not None:
-            to.cache.append(output)
+    advance(stream, unit.module, before, to=to, whole=to is not None)
     return {name: moment.mean() for name, moment in found.items()}
 
 

@@ -118,10 +118,14 @@ class Collection:
         if settings.stream == "calibration" and settings.enabled:
             require_second_moments(quantizer)
             return cls(halves, "calibration")
-        seen = quantizer.needs_hessian and not quantizer.tokens
-        if settings.scope == ("layer",) and settings.method == "bias" and seen:
+        if settings.scope == ("layer",) and settings.method == "bias" and _sees_all(quantizer):
             return cls(halves)
         return None
+
+
+def _sees_all(quantizer: Quantizer) -> bool:
+    """Whether a quantizer takes the second moments of all samples, so that float inputs can be summed as it passes."""
+    return quantizer.needs_hessian and not quantizer.tokens
 
 
 def require_second_moments(quantizer: Quantizer | type[Quantizer]) -> None:
@@ -180,7 +184,7 @@ def calibrate(
         return calibrate_sites(chain, quantizer, engine.capture(chain, samples), engine.device)
     if collect is not None and collect.stream == "calibration":
         require_second_moments(quantizer)
-    elif collect is not None and (not quantizer.needs_hessian or quantizer.tokens):
+    elif collect is not None and not _sees_all(quantizer):
         raise UserError(
             f"collect: quantizer {quantizer.name!r} takes no second moments of all samples; use float_means"
         )

@@ -31,6 +31,11 @@ LEAST_SAMPLE, MOST_GROUPS = 16, 16  # rows of a sample and groups for which the 
 BLOCK_BYTES = 32 * 2**20  # of the output's rows that are looked at together
 
 
+def angle_loss(sine: Tensor) -> Tensor:
+    """1 − cos of an angle below a right one, from its sin²."""
+    return sine / (1 + (1 - sine).sqrt())
+
+
 class Objective:
     """Scores and losses of candidates of one site; a higher score and a lower loss are better.
 
@@ -103,7 +108,7 @@ class Objective:
         if not self.angular:
             return terms / self.count
         sine = (terms / energy.clamp(min=torch.finfo(torch.float64).tiny)).clamp(max=1)
-        return torch.where(energy > 0, sine / (1 + (1 - sine).sqrt()), torch.zeros_like(sine))
+        return torch.where(energy > 0, angle_loss(sine), torch.zeros_like(sine))
 
 
 @dataclass
@@ -274,8 +279,7 @@ class SampledRace(Race):
                 break
         losses = self.estimate(seen)
         if goal.angular:
-            sine = losses.clamp(max=1)
-            losses = sine / (1 + (1 - sine).sqrt())
+            losses = angle_loss(losses.clamp(max=1))
         losses = torch.where(alive, losses, torch.inf)
         choice = losses.argmin(0, keepdim=True)
         return Found(choice[0], losses.gather(0, choice)[0], not bool(losses.any()))

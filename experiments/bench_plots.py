@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from experiments.style import WIDTH, new_figure
+from experiments.style import WIDTH, new_figure, plain_numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,7 +26,7 @@ def latest(path: Path) -> pd.DataFrame | None:
 
 def scaling(results: Path) -> Figure | None:
     """CPU time and peak memory of GPTQ with layer-scope BC against samples, blocks and width, on logarithmic axes."""
-    from matplotlib.ticker import LogFormatter, NullLocator
+    from matplotlib.ticker import NullLocator
 
     rows = latest(results / "benchmarks" / "scaling.csv")
     if rows is None:
@@ -43,8 +43,7 @@ def scaling(results: Path) -> Figure | None:
             axes.set_title(f"slope {slope:.2f}", fontsize="small")
             axes.set_xticks(mine["at"], [f"{value:g}" for value in mine["at"]])
             axes.xaxis.set_minor_locator(NullLocator())
-            for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.6)))
+            plain_numbers(axes.yaxis)
             if column == 0:
                 axes.set_ylabel(label)
             if row:

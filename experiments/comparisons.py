@@ -11,7 +11,7 @@ import pandas as pd
 from experiments.frame import LOWER_IS_BETTER, kind_order, records
 from experiments.published import WITH_BC
 from experiments.store import SITES
-from experiments.style import WIDTH, axis_label, kind_label, legend, looks, new_figure
+from experiments.style import WIDTH, axis_label, kind_label, legend, looks, new_figure, plain_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,8 +116,6 @@ def site_panel(axes: Axes, kinds: dict[str, list[dict[str, Any]]], part: str = "
         kinds: Kind of BC → per-site rows as :meth:`bc.report.SiteReport.row` makes them.
         part: ``held_out`` or ``calibration``.
     """
-    from matplotlib.ticker import LogFormatter
-
     kinds = dict(sorted(kinds.items(), key=lambda item: kind_order(item[0])))
     look = looks(list(kinds))
     names: list[str] = []
@@ -131,8 +129,7 @@ def site_panel(axes: Axes, kinds: dict[str, list[dict[str, Any]]], part: str = "
         after = [r[f"{part}_relative_after"] for r in layers if r["site"] in names]
         axes.plot(places, after, markersize=3, label=kind_label(kind), **look[kind].points)
     axes.set_yscale("log")
-    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.6)))
+    plain_numbers(axes.yaxis)
     if len(names) <= TICKED_SITES:
         axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
         axes.set_xlabel("site")

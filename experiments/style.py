@@ -18,6 +18,7 @@ from experiments.frame import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 FORMATS = ("png", "svg")
@@ -128,12 +129,17 @@ def new_figure(width: float, height: float) -> Figure:
 
 def scale_values(axes: Axes, values: Sequence[float], metric: str) -> None:
     """Make the axis of a metric logarithmic where perplexities are far apart."""
-    from matplotlib.ticker import LogFormatter
-
     if metric not in LOWER_IS_BETTER or not values or max(values) <= LOG_ABOVE * min(values):
         return
     axes.set_yscale("log")
-    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+    plain_numbers(axes.yaxis)
+
+
+def plain_numbers(axis: Axis) -> None:
+    """Label a logarithmic axis with numbers, also between powers of ten where it is short."""
+    from matplotlib.ticker import LogFormatter
+
+    for formatter in (axis.set_major_formatter, axis.set_minor_formatter):
         formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.6)))
 
 

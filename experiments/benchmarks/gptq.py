@@ -154,13 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     case, repeats = (SMALL, 1) if options.quick else (OPT_125M, 3)
     rows = rows_of(case, repeats, options.python, found["version"])
-    measure.write(options.out / "gptq.csv", rows)
-    for row in rows:
-        print(
-            "  ".join(
-                f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items()
-            )
-        )
+    measure.report(options.out / "gptq.csv", rows)
     return 0
 
 

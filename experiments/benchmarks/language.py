@@ -28,6 +28,7 @@ from bc.calibration import Stream
 from bc.chains import chain_of
 from bc.install import install
 from bc.pipeline import Collection, Engine, calibrate, compensate
+from bc.quantizers.base import SiteResult
 from bc.settings import Bits, Compensation
 from bc.statistics import PositionSums
 from experiments.benchmarks import literal_bc_vision, literal_language, measure
@@ -71,6 +72,14 @@ def opt(blocks: int, width: int, heads: int, inner: int, window: int) -> nn.Modu
 def windows(samples: int, window: int) -> Tensor:
     """Random token ids, shape (samples, window)."""
     return torch.randint(4, 512, (samples, window), generator=torch.Generator().manual_seed(1))
+
+
+def quantized_copy(model: nn.Module, results: dict[str, SiteResult]) -> nn.Module:
+    """A copy of a model whose sites are quantized as was found, and not compensated."""
+    twin = copy.deepcopy(model)
+    for site in chain_of(twin).sites:
+        install(site.module, results[site.name], CPU)
+    return twin
 
 
 class Stages:
@@ -150,9 +159,7 @@ def literal(blocks: int, width: int, heads: int, inner: int, samples: int, windo
     results = calibrate(model, quantizers.create("rtn", Bits.parse("w3")), None, ENGINE)
     names = [unit.name for unit in chain.units]
     for scope, block in (("layer", False), ("layer and block", True)):
-        twin = copy.deepcopy(model)
-        for site in chain_of(twin).sites:
-            install(site.module, results[site.name], CPU)
+        twin = quantized_copy(model, results)
         stages.run(
             scope,
             lambda block=block, twin=twin: literal_language.compensate(model, twin, names, ids, block_scope=block),
@@ -187,13 +194,10 @@ def vision_layers(shape: dict[str, int], images: int) -> dict[str, float]:
     pictures, stages = torch.randn(size, generator=torch.Generator().manual_seed(2)), Stages()
     engine = Engine(CPU, literal_bc_vision.BATCH)
     results = calibrate(model, quantizers.create("minmax", Bits.parse("w4a4")), pictures, engine)
-    twin, other = copy.deepcopy(model), copy.deepcopy(model)
+    twin, other = copy.deepcopy(model), quantized_copy(model, results)
     stages.run("ours", lambda: compensate(twin, results, LAYER, pictures, engine))
-    sites = chain_of(other).sites
-    for site in sites:
-        install(site.module, results[site.name], CPU)
-    modules, names = {site.name: site.module for site in sites}, [site.name for site in sites]
-    stages.run("literal", lambda: literal_bc_vision.biases(model, modules, names, pictures))
+    modules = {site.name: site.module for site in chain_of(other).sites}
+    stages.run("literal", lambda: literal_bc_vision.biases(model, modules, list(modules), pictures))
     return stages.seconds
 
 
@@ -305,15 +309,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     for name, rows in (("bc", bc_rows), ("scaling", scaling_rows)):
         if options.only in (None, name):
-            found = rows(options.quick)
-            measure.write(options.out / f"{name}.csv", found)
-            for row in found:
-                print("  ".join(f"{key}={_short(value)}" for key, value in row.items()))
+            measure.report(options.out / f"{name}.csv", rows(options.quick))
     return 0
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -112,5 +112,16 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(everything)
 
 
+def report(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows (see :func:`write`) and print them, a line each."""
+    write(path, rows)
+    for row in rows:
+        print(
+            "  ".join(
+                f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in row.items()
+            )
+        )
+
+
 if __name__ == "__main__":
     print(MARK + json.dumps(_measured(sys.argv[1], json.loads(sys.argv[2]))))

@@ -96,8 +96,7 @@ def ours(case: str, search: str, bits: str = "w4a4", quantizer: str = "ptq4vit")
     assert isinstance(method, SiteQuantizer)
     stream = chain.capture(images, BATCH, CPU, "host")
     for unit in chain.units[: units.start or 0]:
-        for b in range(len(stream)):
-            stream.cache[b] = stream.run(unit.module, b)
+        stream.advance(unit.module)
     chain.units = chain.units[units]
     found = calibrate_sites(chain, method, stream, CPU, list(images.split(BATCH)))
     return {name: parameters(result) for name, result in found.items()}

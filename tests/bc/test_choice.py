@@ -36,7 +36,7 @@ def case(request: pytest.FixtureRequest) -> Case:
     return model, samples, calibrate(model, create("minmax", Bits.parse("w4a4")), samples, ENGINE)
 
 
-def chosen(case: Case, budget: float, best: float) -> tuple[Compensation, list[Trial], int]:
+def chosen(case: Case, budget: float, best: float) -> tuple[Compensation, list[Trial]]:
     """The choice by a score that is highest where the model's biases are nearest to a number of values."""
     model, samples, results = case
     seen: list[int] = []
@@ -49,11 +49,11 @@ def chosen(case: Case, budget: float, best: float) -> tuple[Compensation, list[T
     settings = Compensation(AUTO.scope, AUTO.granularity, budget=budget)
     winner, trials = choose(model, results, settings, samples, ENGINE, score)
     assert len(seen) == len(trials)
-    return winner, trials, len(seen)
+    return winner, trials
 
 
 def test_every_candidate_is_tried_where_all_are_allowed(case: Case) -> None:
-    _, trials, _ = chosen(case, 1e6, 0)
+    _, trials = chosen(case, 1e6, 0)
     wanted = candidates(Compensation(AUTO.scope, AUTO.granularity, budget=1e6), vision=hasattr(case[0], "blocks"))
     assert [trial.settings for trial in trials] == wanted
     assert not trials[0].settings.enabled
@@ -62,10 +62,10 @@ def test_every_candidate_is_tried_where_all_are_allowed(case: Case) -> None:
 def test_a_budget_is_kept_and_what_is_beyond_it_is_not_tried(case: Case) -> None:
     model, samples, results = case
     before = copy.deepcopy(model.state_dict())
-    _, everything, _ = chosen(case, 1e6, 1e9)
+    _, everything = chosen(case, 1e6, 1e9)
     sizes = sorted({trial.bits_per_weight for trial in everything})
     limit = (sizes[1] + sizes[2]) / 2 - sizes[0]
-    winner, trials, _ = chosen(case, limit, 1e9)
+    winner, trials = chosen(case, limit, 1e9)
     direct = compensate(copy.deepcopy(model), results, winner, samples, ENGINE).bits_per_weight
     assert direct <= everything[0].bits_per_weight + limit
     tried = {replace(trial.settings, budget=1e6) for trial in trials}
@@ -79,5 +79,5 @@ def test_a_budget_is_kept_and_what_is_beyond_it_is_not_tried(case: Case) -> None
 
 
 def test_nothing_is_kept_where_nothing_helps(case: Case) -> None:
-    winner, _, _ = chosen(case, 1e6, -1.0)
+    winner, _ = chosen(case, 1e6, -1.0)
     assert not winner.enabled  # the first of those without values of their own

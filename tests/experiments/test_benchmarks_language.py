@@ -13,7 +13,6 @@ import torch
 from bc import quantizers, vision
 from bc.chains import chain_of
 from bc.compensation import compensation_of
-from bc.install import install
 from bc.pipeline import Engine, calibrate, compensate
 from bc.settings import Bits, Compensation
 from experiments.benchmarks import gptq, language, literal_bc_vision, literal_language, measure
@@ -29,9 +28,7 @@ def test_language_biases_are_those_of_the_literal_protocol(name: str, block_scop
     model = tiny_model(name)
     ids = torch.randint(4, VOCABULARY, (5, 12), generator=torch.Generator().manual_seed(1))
     results = calibrate(model, quantizers.create("rtn", Bits.parse("w2")), None, ENGINE)
-    twin, ours = copy.deepcopy(model), copy.deepcopy(model)
-    for site in chain_of(twin).sites:
-        install(site.module, results[site.name], torch.device("cpu"))
+    twin, ours = language.quantized_copy(model, results), copy.deepcopy(model)
     names = [unit.name for unit in chain_of(model).units]
     found = literal_language.compensate(model, twin, names, ids, block_scope=block_scope)
     scope = ("layer", "block") if block_scope else ("layer",)
@@ -50,10 +47,8 @@ def test_vision_biases_are_those_of_the_literal_protocol(kind: str) -> None:
     model = vision.wrap(model)
     images = torch.randn(7, *few.shape[1:], generator=torch.Generator().manual_seed(1))
     results = calibrate(model, quantizers.create("minmax", Bits.parse("w4a4")), images, ENGINE)
-    twin, ours = copy.deepcopy(model), copy.deepcopy(model)
+    twin, ours = language.quantized_copy(model, results), copy.deepcopy(model)
     sites = chain_of(twin).sites
-    for site in sites:
-        install(site.module, results[site.name], torch.device("cpu"))
     modules = {site.name: site.module for site in sites}
     found = literal_bc_vision.biases(model, modules, list(modules), images)
     compensate(ours, results, Compensation(("layer",), "positional", dtype="float32"), images, ENGINE)
