@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bc.activations import remove_child
 from bc.errors import QuantizationError, UserError
+from bc.grid import finite
 from bc.positions import PositionContext
 from bc.regularise import LowRank
 from bc.statistics import PositionSums
@@ -176,9 +177,9 @@ class BiasCompensation(nn.Module):
 
 def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:
     stored = value.to(dtype)
-    if bool(torch.isfinite(stored).all()):
+    if finite(stored):
         return stored
-    if not bool(torch.isfinite(value).all()):
+    if not finite(value):
         raise QuantizationError("the bias is not finite; look for NaN or Inf in the weights or the activations")
     raise QuantizationError(f"a bias of {value.abs().max():.3g} does not fit {dtype}; set bc.dtype=float32")
 
@@ -266,7 +267,7 @@ def fold(module: nn.Module) -> bool:
     own = module.bias
     total = extra if own is None else own.detach().float() + extra
     stored = total.to(module.weight.dtype)
-    if not bool(torch.isfinite(stored).all()):
+    if not finite(stored):
         raise QuantizationError(f"a folded bias of {total.abs().max():.3g} does not fit {stored.dtype}; use bfloat16")
     module.bias = nn.Parameter(stored, requires_grad=False)
     detach(module)

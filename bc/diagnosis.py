@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bc.grid import finite
+
 
 class _FoundError(Exception):
     """Ends the forward pass."""
@@ -39,7 +41,7 @@ def first_not_finite(model: nn.Module, forwards: Iterable[Callable[[], Any]]) ->
 
     def look(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.is_floating_point() and not bool(torch.isfinite(output).all()):
+            if isinstance(output, Tensor) and output.is_floating_point() and not finite(output):
                 found.append(name)
                 raise _FoundError
 

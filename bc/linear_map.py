@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bc.compensation import CHILD
 from bc.errors import QuantizationError
+from bc.grid import finite
 
 RIDGE = 1e-4  # of the mean diagonal of the second moment
 
@@ -80,7 +81,7 @@ class LinearMap(nn.Module):
     def __init__(self, weights: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
         stored = weights.T.to(dtype)
-        if not bool(torch.isfinite(stored).all()):
+        if not finite(stored):
             raise QuantizationError(f"a linear map of {weights.abs().max():.3g} does not fit {dtype}")
         self.register_buffer("weight", stored[:, :-1].clone())
         self.register_buffer("bias", stored[:, -1].clone())

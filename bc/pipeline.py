@@ -14,11 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from bc import device as devices
 from bc.activation_cache import Store
 from bc.calibration import Samples, Stream, on_device
 from bc.chains import Chain, VisionChain, chain_of, check_scopes
 from bc.errors import QuantizationError, UserError
 from bc.fitting import Fit
+from bc.grid import finite
 from bc.install import install, installed
 from bc.parts import Part, leading
 from bc.passes import input_sums, linears, second_moments
@@ -259,9 +261,9 @@ def _calibrate_unit(
         names = {unit.path(site): site.name for site in sites}
         group = Group({path: weight.data for path, weight in weights.items()}, hessians.pop(sites[0].name, None))
         for path, weight in group.weights.items():
-            if not bool(torch.isfinite(weight).all()):
+            if not finite(weight):
                 raise QuantizationError(f"{names[path]}: the weight holds NaN or Inf; check the checkpoint")
-        if group.hessian is not None and not bool(torch.isfinite(group.hessian).all()):
+        if group.hessian is not None and not finite(group.hessian):
             raise QuantizationError(f"{sites[0].name}: the inputs hold NaN or Inf; check the model and its dtype")
         if stream and quantizer.needs_inputs:
             opens = unit.opens[i] if i < len(unit.opens) else ""
@@ -272,9 +274,10 @@ def _calibrate_unit(
         except QuantizationError as error:
             raise QuantizationError(f"{sites[0].name}: {error}") from error
         for path, result in results.items():
-            if result.weight is None or not bool(torch.isfinite(result.weight.dequantize()).all()):
+            if result.weight is None or not finite(result.weight.dequantize()):
                 raise QuantizationError(f"{names[path]}: the quantized weight is not finite; its range is too wide")
             found[names[path]] = result
+        devices.trim()  # the next group may be wider
     return found
 
 
@@ -329,7 +332,7 @@ def compensate(
     model.__dict__["_quantized"] = True  # from here on, also where an error leaves it half done
     for i, unit in enumerate(track(chain.units, f"compensation {'+'.join(settings.scope) or 'off'}", unit="block")):
         with on_device(engine.device, unit.module):
-            source = copy.deepcopy(unit.module)
+            source = _twin(unit.module)
             for site in unit.sites:
                 if site.name in quantized:
                     install(site.module, quantized[site.name], engine.device)
@@ -345,6 +348,12 @@ def compensate(
         report.notes |= quantized[report.site].notes if report.site in quantized else {}
     bits, added = storage.bits + _bias_bits(chain, quantized), sum(r.bias_parameters for r in reports)
     return Report(reports, bits, storage.weights, added, fit.seconds_measure)
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """A copy on the same weights, which it keeps when the module gets others (:func:`bc.install.install`)."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in module.parameters()}
+    return copy.deepcopy(module, memo)
 
 
 @dataclass

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bc.errors import QuantizationError
+from bc.grid import finite
 from bc.operands import Operand
 from bc.quantizers.base import SiteSamples
 from bc.racing import Found, Objective, Start
@@ -53,7 +54,7 @@ class SiteSearch:
             mode: ``exact`` scores every candidate until it cannot win, ``fast`` until it is unlikely to.
         """
         for value in (*(o.value for o in operands), site.output):
-            if not bool(torch.isfinite(value).all()):
+            if not finite(value):
                 raise QuantizationError(f"{site.name}: the weight, an input or the output holds NaN or Inf")
         self.site, self.operands, self.mode = site, operands, mode
         self.budget = memory_mib * 2**20

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy, kl_div, linear, unfold
 from bc.calibration import Stream, hooked, on_device
 from bc.chains import VisionChain
 from bc.errors import QuantizationError
+from bc.grid import finite
 from bc.install import installed
 from bc.progress import track
 from bc.quantizers.base import SiteQuantizer, SiteResult, SiteSamples
@@ -140,7 +141,7 @@ def _evaluator(unit: Unit, stream: Stream) -> Callable[[dict[str, SiteResult]], 
 def _checked(name: str, result: SiteResult) -> SiteResult:
     """A result on the CPU, if it is finite."""
     if result.weight is not None:
-        if not bool(torch.isfinite(result.weight.dequantize()).all()):
+        if not finite(result.weight.dequantize()):
             raise QuantizationError(f"{name}: the quantized weight is not finite; its range is too wide")
         for key, value in vars(result.weight).items():
             if isinstance(value, Tensor):

@@ -28,6 +28,7 @@ from bc.grid import (
     affine_range,
     encode,
     fake_quantize,
+    finite,
     group_index,
     quantize_weight,
 )
@@ -120,7 +121,7 @@ class AWQ(Quantizer):
         if group.inputs is None or group.loss is None:
             raise QuantizationError("AWQ needs the inputs of the Linears and the loss of their part")
         x = group.inputs.float()
-        if not bool(torch.isfinite(x).all()):
+        if not finite(x):
             raise QuantizationError("the inputs hold NaN or Inf; check the model and its dtype")
         magnitude = x.abs().mean(0)
         best: dict[str, ScaledWeight] = {}

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from bc.errors import QuantizationError, UserError
+from bc.grid import finite
 from bc.quantizers.base import Quantizer, SiteResult
 from bc.quantizers.gptq import MAX_DAMPING, inverse_factor
 from bc.settings import Bits
@@ -157,7 +158,7 @@ def billm(weight: Tensor, hessian: Tensor, options: BiLLM.Options) -> tuple[Bina
         QuantizationError: H cannot be factorized, the input is not finite, or a scale overflows half precision.
     """
     w, h = weight.float().clone(), hessian.float().clone()
-    if not bool(torch.isfinite(w).all()) or not bool(torch.isfinite(h).all()):
+    if not finite(w) or not finite(h):
         raise QuantizationError("the weight or the second moment of its inputs is not finite")
     dead = h.diagonal() == 0
     h.diagonal()[dead] = 1.0 if bool(dead.all()) else h.diagonal()[~dead].mean()
@@ -170,7 +171,7 @@ def billm(weight: Tensor, hessian: Tensor, options: BiLLM.Options) -> tuple[Bina
         part = w[:, start:stop]
         salient = salient_columns(part, score[start:stop] * part.square().sum(0), options.max_salient)
         block = binarize_block(part, salient, options)
-        if not bool(torch.isfinite(block.scales).all() and torch.isfinite(block.means).all()):
+        if not (finite(block.scales) and finite(block.means)):
             raise QuantizationError("a scale is too large for half precision; check the weight")
         blocks.append(block)
         error, corner = part - block.dequantize(), upper[start:stop, start:stop]

@@ -17,13 +17,15 @@ from torch import Tensor
 
 from bc.device import cpu_threads
 from bc.errors import QuantizationError, UserError
-from bc.grid import Grid, QuantizedWeight, decode, encode, fit_range, group_index, weight_parameters
+from bc.grid import Grid, QuantizedWeight, decode, encode, finite, fit_range, group_index, weight_parameters
 from bc.quantizers.base import Group, Quantizer, SiteResult
 from bc.settings import Bits
 
 INNER = 16  # columns between which single updates pass; wider ones are matrix products
 MAX_DAMPING = 1.0
 DAMPING_FACTOR = 10.0
+LEAF = 128  # rows of a triangle that is inverted at once
+PIECE = 2**18  # values that change places at once
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, list[float]]:
@@ -43,21 +45,50 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, list[float]
         QuantizationError: No damping up to 1 makes the matrix positive definite.
     """
     mean = hessian.diagonal().mean()
+    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
     tried: list[float] = []
     while damping <= MAX_DAMPING:
         tried.append(damping)
-        damped = hessian.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        # With J the reversal of the order, J (H + λ I) J = L Lᵀ gives U = J L⁻¹ J: one factorization, in place.
+        lower = hessian.flip(0, 1)
+        lower.diagonal().add_(damping * mean)
+        torch.linalg.cholesky_ex(lower.mT, out=(lower.mT, failed))  # of a symmetric matrix, in LAPACK's order
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and bool(torch.isfinite(upper).all()):
-                return upper, tried
+            _invert_lower(lower.mT)
+            _reverse(lower)
+            if finite(lower):
+                return lower.mT, tried
         damping *= DAMPING_FACTOR
     raise QuantizationError(
         f"the second moment of the inputs is not positive definite with damping up to {tried[-1]:g} × its mean "
         "diagonal; raise quantizer.damping or give more calibration samples"
     )
+
+
+def _invert_lower(matrix: Tensor) -> None:
+    """Replace a lower triangular matrix by its inverse, half by half."""
+    size = len(matrix)
+    if size <= LEAF:
+        identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+        matrix.copy_(torch.linalg.solve_triangular(matrix, identity, upper=False))
+        return
+    half = size // 2
+    first, below, last = matrix[:half, :half], matrix[half:, :half], matrix[half:, half:]
+    _invert_lower(first)
+    _invert_lower(last)
+    below.copy_((last @ below @ first).neg_())
+
+
+def _reverse(matrix: Tensor) -> None:
+    """Reverse the order of a contiguous matrix's rows and of its columns, in place."""
+    flat = matrix.view(-1)
+    size, half = len(flat), len(flat) // 2
+    for start in range(0, half, PIECE):
+        stop = min(start + PIECE, half)
+        front, back = flat[start:stop], flat[size - stop : size - start]
+        kept = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(kept)
 
 
 class GPTQ(Quantizer):
@@ -154,49 +185,50 @@ def gptq(
     Raises:
         QuantizationError: H cannot be factorized or the input is not finite.
     """
-    w = weight.float().clone()
-    h = hessian.float().clone()
-    if not bool(torch.isfinite(w).all()) or not bool(torch.isfinite(h).all()):
+    h = hessian.float()
+    if not finite(weight) or not finite(h):
         raise QuantizationError("the weight or the second moment of its inputs is not finite")
-    rows, columns = w.shape
+    columns = weight.shape[1]
     dead = h.diagonal() == 0
-    live = h.diagonal()[~dead]
-    h.diagonal()[dead] = live.mean() if len(live) else 1.0  # whatever the unit of H, the damping stays as it is
-    w[:, dead] = 0
+    w = weight.T.to(torch.float32, memory_format=torch.contiguous_format, copy=True)  # a column in one piece of memory
+    if bool(dead.any()):
+        live, h = h.diagonal()[~dead], h.clone()
+        h.diagonal()[dead] = live.mean() if len(live) else 1.0  # whatever the unit of H, the damping stays as it is
+        w[dead] = 0
 
-    order = (
-        torch.argsort(h.diagonal(), descending=True, stable=True)
-        if act_order
-        else torch.arange(columns, device=w.device)
-    )
+    order = torch.arange(columns, device=w.device)
+    if act_order:
+        order = torch.argsort(h.diagonal(), descending=True, stable=True)
     run = group_index(columns, grid.group_size, w.device)
     group = run[order] if static_groups else run  # the group of each column in visiting order
     groups = int(run[-1]) + 1
     if static_groups or groups == 1:
-        scale, zero = weight_parameters(w, grid)
+        scale, zero = weight_parameters(w.T, grid)
     else:
-        scale, zero = w.new_ones(rows, groups), w.new_zeros(rows, groups)
-    w = w[:, order]
-    upper, tried = inverse_factor(h[order][:, order], damping)
+        scale, zero = w.new_ones(len(weight), groups), w.new_zeros(len(weight), groups)
+    if act_order:
+        w, h = w[order], h[order][:, order]
+    upper, tried = inverse_factor(h, damping)
     dynamic_size = grid.group_size if groups > 1 and not static_groups else 0
     codes = _sweep(w, upper, grid, scale, zero, group, block_size, dynamic_size)
 
-    back = torch.argsort(order)
-    column_group = group[back]
+    if act_order:
+        back = torch.argsort(order)
+        codes, group = codes[:, back], group[back]
     trivial = not (act_order and dynamic_size)
-    return QuantizedWeight(codes[:, back], scale, zero, grid.bits, grid.symmetric, column_group, trivial), tried
+    return QuantizedWeight(codes, scale, zero, grid.bits, grid.symmetric, group, trivial), tried
 
 
 def _sweep(
     w: Tensor, upper: Tensor, grid: Grid, scale: Tensor, zero: Tensor, group: Tensor, block_size: int, dynamic_size: int
 ) -> Tensor:
-    """Visit the columns in order; fills ``scale`` and ``zero`` of dynamic groups, and returns the codes.
+    """Visit the columns in order; fills ``scale`` and ``zero`` of dynamic groups, and returns the codes, (out, in).
 
-    Everything is held transposed, so that a column lies in one piece of memory. A block's errors reach the columns
-    behind it in one product when it is done. Inside it, runs of :data:`INNER` columns take what the block owes them
-    when their turn comes, and only columns of one run are updated one by one.
+    ``w`` is held transposed, (in, out), so that a column lies in one piece of memory, and is used up. A block's errors
+    reach the columns behind it in one product when it is done. Inside it, runs of :data:`INNER` columns take what the
+    block owes them when their turn comes, and only columns of one run are updated one by one.
     """
-    w, scale_t, zero_t = w.T.contiguous(), scale.T.contiguous(), zero.T.contiguous()
+    scale_t, zero_t = scale.T.contiguous(), zero.T.contiguous()
     columns, rows = w.shape
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=w.device)
     pivots, group_of = upper.diagonal().tolist(), group.tolist()

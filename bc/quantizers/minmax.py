@@ -15,7 +15,7 @@ import torch
 from bc.activation_grids import Affine, Symmetric
 from bc.activations import ActivationQuantizer
 from bc.errors import QuantizationError
-from bc.grid import Grid, quantize_weight
+from bc.grid import Grid, finite, quantize_weight
 from bc.quantizers.base import SiteQuantizer, SiteResult, SiteSamples
 from bc.quantizers.base_ptq import FLOAT, check_bits, symmetric_scale
 from bc.settings import Bits
@@ -54,7 +54,7 @@ class MinMax(SiteQuantizer):
         """See :meth:`bc.quantizers.base.SiteQuantizer.quantize_site`."""
         weight = None
         if site.weight is not None and self.bits.weight < FLOAT:
-            if not bool(torch.isfinite(site.weight).all()):
+            if not finite(site.weight):
                 raise QuantizationError(f"{site.name}: the weight holds NaN or Inf")
             o = self.options
             grid = Grid(self.bits.weight, o.symmetric, granularity=o.weight_granularity)

@@ -26,7 +26,7 @@ from torch import Tensor
 from bc.activation_grids import Affine, LogSqrt2, ReparametrisedAffine, affine, log_sqrt2
 from bc.activations import ActivationQuantizer
 from bc.errors import QuantizationError
-from bc.grid import QuantizedWeight, affine_range, encode, group_index
+from bc.grid import QuantizedWeight, affine_range, encode, finite, group_index
 from bc.quantizers.awq import ScaledWeight
 from bc.quantizers.base import Quantized, SiteQuantizer, SiteResult, SiteSamples
 from bc.quantizers.base_ptq import FLOAT, check_bits, in_float
@@ -78,7 +78,7 @@ class RepQViT(SiteQuantizer):
         """See :meth:`bc.quantizers.base.SiteQuantizer.quantize_site`."""
         site = in_float(site)
         for value in (*site.inputs, *([] if site.weight is None else [site.weight])):
-            if not bool(torch.isfinite(value).all()):
+            if not finite(value):
                 raise QuantizationError(f"{site.name}: the weight or an input holds NaN or Inf")
         errors: list[tuple[float, float]] = []
         inputs = [self._activation(site, i, errors) for i in range(len(site.inputs))]

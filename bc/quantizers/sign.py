@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bc.errors import QuantizationError, UserError
-from bc.grid import group_index
+from bc.grid import finite, group_index
 from bc.quantizers.base import Quantizer, SiteResult
 from bc.settings import Bits
 
@@ -56,6 +56,6 @@ class Sign(Quantizer):
         w, size = weight.float(), self.bits.group_size
         parts = w.split(w.shape[1] if size == -1 else size, dim=1)
         scale = torch.cat([part.abs().mean(1, keepdim=True) for part in parts], 1).half()
-        if not bool(torch.isfinite(scale).all()):
+        if not finite(scale):
             raise QuantizationError("a scale is too large for half precision; check the weight")
         return SiteResult(SignWeight(w >= 0, scale, group_index(w.shape[1], size, w.device)))

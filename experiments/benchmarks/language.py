@@ -23,6 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
+from bc import device as devices
 from bc import quantizers, vision
 from bc.calibration import Stream
 from bc.chains import chain_of
@@ -202,21 +203,38 @@ def vision_layers(shape: dict[str, int], images: int) -> dict[str, float]:
 
 
 def calibration(blocks: int, width: int, heads: int, inner: int, samples: int, window: int) -> dict[str, float]:
-    """GPTQ with layer-scope BC: CPU seconds, peak memory, and what two blocks and the activations take, MiB."""
+    """GPTQ with layer-scope BC: CPU seconds, peak memory, and what it is compared with, MiB."""
+    _layer_scope(opt(**_without(SMALL, "samples")), windows(SMALL["samples"], SMALL["window"]), Stages())  # libraries
     model, ids, stages = opt(blocks, width, heads, inner, window), windows(samples, window), Stages()
+    devices.release(CPU)
     measure.forget_peak()
     before = measure.peak_mib()
-    collect = Collection()
-    quantizer = quantizers.create("gptq", Bits.parse("w3"))
-    results = stages.run("calibrate", lambda: calibrate(model, quantizer, ids, ENGINE, collect=collect))
-    stages.run("biases", lambda: compensate(model, results, LAYER, ids, ENGINE, means=collect.sums))
+    results, sums = _layer_scope(model, ids, stages)
     weights = sum(p.numel() * p.element_size() for p in chain_of(model).units[0].module.parameters())
+    kept = [tensor for result in results.values() for tensor in vars(result.weight).values() if torch.is_tensor(tensor)]
+    kept += [part.total for part in sums.values()] + [b for name, b in model.named_buffers() if "compensation" in name]
     return {
         "cpu_seconds": sum(stages.seconds.values()),
         "peak_mib": measure.peak_mib() - before,
         "two_blocks_mib": 2 * weights / 2**20,
         "activations_mib": 2 * samples * window * width * 4 / 2**20,  # of the quantized and of the float stream
+        "returned_mib": sum(tensor.numel() * tensor.element_size() for tensor in kept) / 2**20,
     }
+
+
+def _layer_scope(
+    model: nn.Module, ids: Tensor, stages: Stages
+) -> tuple[dict[str, SiteResult], dict[str, PositionSums]]:
+    """GPTQ with layer-scope BC: what it returns beside the changed model."""
+    collect = Collection()
+    quantizer = quantizers.create("gptq", Bits.parse("w3"))
+    results = stages.run("calibrate", lambda: calibrate(model, quantizer, ids, ENGINE, collect=collect))
+    stages.run("biases", lambda: compensate(model, results, LAYER, ids, ENGINE, means=collect.sums))
+    return results, collect.sums
+
+
+def _without(case: dict[str, int], name: str) -> dict[str, int]:
+    return {key: value for key, value in case.items() if key != name}
 
 
 def middle(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -290,7 +308,7 @@ def scaling_rows(quick: bool) -> list[dict[str, Any]]:
         for change in points[:2] if quick else points:
             case = POINT | change
             values = middle(measure.run(f"{MODULE}:calibration", case, 1 if quick else 3))
-            needed = values["two_blocks_mib"] + values["activations_mib"]
+            needed = values["two_blocks_mib"] + values["activations_mib"] + values["returned_mib"]
             rows.append({"curve": name, "at": case[name], **values, "peak_over_needed": values["peak_mib"] / needed})
         at = np.log([row["at"] for row in rows])
         for quantity in ("cpu_seconds", "peak_mib"):

@@ -19,6 +19,7 @@ from bc.grid import (
     decode,
     encode,
     fake_quantize,
+    finite,
     fit_range,
     group_index,
     quantize_weight,
@@ -280,3 +281,14 @@ def test_errors_name_the_field_in_one_line(arguments, field):
     with pytest.raises(UserError, match=field) as caught:
         Grid(**arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_finite_finds_one_value_that_is_not(dtype: torch.dtype, value: float) -> None:
+    values = torch.linspace(-3, 3, 130).to(dtype).reshape(10, 13)
+    assert finite(values) and finite(values[:0])
+    for index in range(values.numel()):
+        spoilt = values.clone()
+        spoilt.view(-1)[index] = value
+        assert not finite(spoilt)
