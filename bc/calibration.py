@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bc import device as devices
 from bc.activation_cache import ActivationCache, Store
 from bc.compensation import to_rows
 from bc.errors import UserError
@@ -293,7 +292,7 @@ def logits(model: nn.Module, family: Family, stream: Stream, index: int) -> Tens
 
 @contextmanager
 def on_device(device: torch.device, *modules: nn.Module | None) -> Iterator[None]:
-    """Keep modules on a device for a while, then put them back on the CPU and the memory of the work back as well."""
+    """Keep modules on a device for a while, then put them back on the CPU."""
     present = [m for m in modules if m is not None]
     for module in present:
         module.to(device)
@@ -302,7 +301,6 @@ def on_device(device: torch.device, *modules: nn.Module | None) -> Iterator[None
     finally:
         for module in present:
             module.to("cpu")
-        devices.trim()
 
 
 @contextmanager

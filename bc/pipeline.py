@@ -199,6 +199,7 @@ def calibrate(
     for unit in track(chain.units, f"{quantizer.name} {quantizer.bits.label}", unit="block"):
         with on_device(engine.device, unit.module):
             found = walk.unit(unit, last=unit is chain.units[-1])
+        devices.trim()
         for name, result in found.items():
             _to_cpu(result.weight)
             results[name] = result

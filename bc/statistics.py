@@ -110,14 +110,18 @@ class PositionSums:
         samples = self.count.sum()
         if samples == 0:
             raise UserError("calibration: no samples were seen; give at least one")
-        overall = self.total.sum(0, keepdim=True, dtype=torch.float64) / samples
-        if granularity == "channel":
-            return overall.float()
-        total, count = self.total.double(), self.count
-        if granularity == "sink":
-            k = min(sink_positions, len(count) - 1) if len(count) > 1 else 0
-            total = torch.cat([total[:k], total[k:].sum(0, keepdim=True)])
-            count = torch.cat([count[:k], count[k:].sum(0, keepdim=True)])
-        seen = count > 0
-        rows = total / count.clamp(min=1)[:, None]
-        return (rows if bool(seen.all()) else torch.where(seen[:, None], rows, overall)).float()
+        if granularity == "positional":
+            rows = self.total.float() / self.count.clamp(min=1).float()[:, None]
+            return rows if bool(self.count.all()) else torch.where(self.count[:, None] > 0, rows, self._overall())
+        overall = self._overall()
+        if granularity == "channel" or len(self.count) == 1:
+            return overall
+        k = min(sink_positions, len(self.count) - 1)
+        total = torch.cat([self.total[:k].double(), self.total[k:].sum(0, keepdim=True, dtype=torch.float64)])
+        count = torch.cat([self.count[:k], self.count[k:].sum(0, keepdim=True)])
+        rows = (total / count.clamp(min=1)[:, None]).float()
+        return torch.where(count[:, None] > 0, rows, overall)
+
+    def _overall(self) -> Tensor:
+        """Mean over all samples and positions, fp32, shape (1, channels)."""
+        return (self.total.sum(0, keepdim=True, dtype=torch.float64) / self.count.sum()).float()
