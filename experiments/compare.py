@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,16 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from bc.errors import UserError
+from bc.quantizers import create
 from bc.settings import Compensation
 from experiments.arguments import EXPERIMENT, OVERRIDES, Argument, reading_command
 from experiments.compose import load_experiment
 from experiments.config import CellConfig
-from experiments.identity import bc_name, cell_hash, weights_hash, with_seed
+from experiments.identity import bc_name, cell_hash, digest, scientific, weights_hash, with_seed
 from experiments.records import write_text
+from experiments.render import varied
 from experiments.store import all_results
-from experiments.tables import distinct
+from experiments.tables import distinct, own_results
 
 DRAWS = 10_000
 AGAINST: Argument = (
@@ -89,15 +91,39 @@ def interval(differences: NDArray[np.float64]) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def scored(cell: CellConfig) -> str:
+    """Identity of what alone determines a result without compensation: the weights, and what they are scored on."""
+    full, quantizer = scientific(cell), create(cell.quantizer, cell.bits, **cell.options)
+    parts = [full.get(name) for name in ("model", "quantizer", "bits", "numerics", "evaluation")]
+    fitted = quantizer.needs_data or quantizer.kind == "weight_activation"
+    return digest([*parts, weights_hash(cell) if fitted else None])
+
+
 def compare(
-    cell: CellConfig, against: Compensation, dataset: str, results: dict[str, Any], seeds: Sequence[int]
+    cell: CellConfig,
+    against: Compensation,
+    dataset: str,
+    results: dict[str, Any],
+    seeds: Sequence[int],
+    plain: Mapping[str, str],
 ) -> Paired | None:
-    """A setting against another on the same quantized weights, over the seeds that both have."""
+    """A setting against another on the same quantized weights, over the seeds that both have.
+
+    Args:
+        cell: The setting.
+        against: The other.
+        dataset: What both were scored on.
+        results: By the hash of the cell.
+        seeds: Those to look for.
+        plain: :func:`scored` → hash of a cell without compensation; a quantizer without data has one for all seeds.
+    """
     differences, bits = [], []
     for seed in seeds:
         mine = with_seed(cell, seed)
         base = replace(mine, bc=against)
         pair = [results.get(cell_hash(c), {}) for c in (mine, base)]
+        if not pair[1] and not against.enabled:
+            pair[1] = results.get(plain.get(scored(mine), ""), {})
         if any(dataset not in result.get("outcomes", {}) for result in pair):
             continue
         one, two = (values_of(result["outcomes"][dataset]) for result in pair)
@@ -136,13 +162,15 @@ def rows_of(name: str, overrides: Sequence[str], results: Path, against: str = "
         UserError: No pair of result files is there.
     """
     _, runs = load_experiment(name, overrides)
-    found = {result["cell"]: result for result in all_results(results)}
+    found = own_results(runs, all_results(results), name)
+    bare = [run.cell for run in runs if not run.cell.bc.enabled and not run.cell.is_float]
+    plain = {scored(cell): cell_hash(cell) for cell in bare if cell_hash(cell) in found}
     seeds = sorted({int(result["label"]["seed"]) for result in found.values()})
     settings = [cell for cell in distinct(runs) if not cell.is_float]
     base = baselines(settings, against)
     cells = [cell for cell in settings if cell.bc.enabled and cell.bc != base.get(cell.domain)]
     pairs = [
-        compare(cell, base[cell.domain], dataset, found, seeds)
+        compare(cell, base[cell.domain], dataset, found, seeds, plain)
         for cell in cells
         if cell.domain in base
         for dataset in cell.data.evaluation.datasets
@@ -158,6 +186,7 @@ def rows_of(name: str, overrides: Sequence[str], results: Path, against: str = "
 
 def frame_of(rows: Sequence[Paired]) -> pd.DataFrame:
     """One row a comparison, numbers in full precision."""
+    further = varied(row.cell for row in rows)
     return pd.DataFrame(
         [
             {
@@ -166,6 +195,7 @@ def frame_of(rows: Sequence[Paired]) -> pd.DataFrame:
                 "bits": row.cell.bits.label,
                 "weights": weights_hash(with_seed(row.cell, 0))[:8],
                 "bc": bc_name(row.cell),
+                **{name: value(row.cell) for name, value in further.items()},
                 "dataset": row.dataset,
                 "unit": "nats" if row.cell.metric == "perplexity" else "percent",
                 "difference": row.difference,
@@ -187,14 +217,17 @@ def markdown(name: str, title: str, rows: Sequence[Paired], against: str = "off"
     what = "cross-entropy in nats (lower is better)" if perplexity else "top-1 in percent (higher is better)"
     than = "no compensation" if against == "off" else f"`{against}`"
     lines = [f"# {title}: paired", "", HEAD.format(what=what, name=name, against=than), ""]
-    lines += ["| model | quantizer | bits | BC | added bits/weight | data | difference | better in | seeds |"]
-    lines += ["|---|---|---|---|--:|---|--:|--:|--:|"]
+    further = varied(row.cell for row in rows)
+    titles = ["model", "quantizer", "bits", "BC", *further, "added bits/weight", "data", "difference", "better in"]
+    lines += [f"| {' | '.join([*titles, 'seeds'])} |"]
+    lines += [f"|{'---|' * 4}{'--:|' * (len(further) + 1)}---|--:|--:|--:|"]
     for row in rows:
         cell, digits = row.cell, 4 if perplexity else 2
         text = f"{row.difference:+.{digits}f} [{row.low:+.{digits}f}, {row.high:+.{digits}f}]"
         text = f"**{text}**" if row.low > 0 or row.high < 0 else text
-        setting = f"{cell.model.name} | {cell.quantizer} | {cell.bits.label} | {bc_name(cell)} | {row.bits:.3f}"
-        lines.append(f"| {setting} | {row.dataset} | {text} | {100 * row.better:.0f} % | {row.seeds} |")
+        facts = [cell.model.name, cell.quantizer, cell.bits.label, bc_name(cell), *(v(cell) for v in further.values())]
+        facts += [f"{row.bits:.3f}", row.dataset, text, f"{100 * row.better:.0f} %", str(row.seeds)]
+        lines.append(f"| {' | '.join(facts)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -8,6 +8,7 @@ for, each as PNG and SVG under ``results/figures``:
 ``NAME_bits``         the metric against bit width, with and without BC
 ``NAME_pareto``       quality against stored bits per weight, biases included
 ``NAME_samples``      the metric against the samples that biases are fitted on
+``NAME_lengths``      the metric against the length of the test windows
 ``NAME_published``    published values against ours
 ``NAME_sites``        output error of every site, where ``results/cells`` holds it
 ``published``         what the paper prints without and with BC; drawn with all experiments
@@ -28,6 +29,9 @@ import pandas as pd
 from bc.errors import UserError, unknown
 from experiments import bench_plots, comparisons, frame, plots
 from experiments.arguments import reading_command
+from experiments.compose import load_experiment
+from experiments.data import EvaluationConfig
+from experiments.identity import cell_hash
 from experiments.style import save, styled
 
 if TYPE_CHECKING:
@@ -47,10 +51,18 @@ def drawn(
         "_bits": plots.bits(title, settings),
         "_pareto": plots.pareto(title, settings),
         "_samples": plots.samples(title, settings),
+        "_lengths": plots.lengths(title, settings, _windows(experiment.name) if settings["variant"].any() else {}),
         "_published": comparisons.published(title, beside),
         "_sites": comparisons.sites(title, settings, sites),
     }
     yield from ((ending, figure) for ending, figure in figures.items() if figure is not None)
+
+
+def _windows(name: str) -> dict[str, int]:
+    """Hash of each cell of an experiment → tokens of its test windows, where it reads text."""
+    _, runs = load_experiment(name)
+    data = {cell_hash(run.cell): run.cell.data.evaluation for run in runs}
+    return {cell: evaluation.window for cell, evaluation in data.items() if isinstance(evaluation, EvaluationConfig)}
 
 
 def draw_all(names: Sequence[str], results: Path) -> Iterator[str]:

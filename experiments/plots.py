@@ -5,7 +5,7 @@ A function returns None where it has nothing to draw.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -251,33 +251,57 @@ def samples(title: str, frame: pd.DataFrame) -> Figure | None:
     frame = frame[frame["metric"].isin(SHOWN)]
     keys = ["model", "dataset", "method", "bits", "bc", "granularity", "scope"]
     with_bc = frame[(frame["bc"] != "off") & ~frame["is_float"]]
-    several = with_bc.groupby(keys)["calibration_samples"].transform("nunique") > 1
-    with_bc = with_bc[several]
-    if with_bc.empty:
+    with_bc = with_bc[with_bc.groupby(keys)["calibration_samples"].transform("nunique") > 1]
+    plain = frame[(frame["bc"] == "off") & ~frame["is_float"]]
+    return _curves(title, with_bc, "calibration_samples", "samples that biases are fitted on", plain)
+
+
+def lengths(title: str, frame: pd.DataFrame, windows: Mapping[str, int]) -> Figure | None:
+    """The metric against the length of the test windows.
+
+    Args:
+        title: Of the figure.
+        frame: Settings.
+        windows: Hash of a cell → tokens of its test windows; cells that it has not are left out.
+    """
+    frame = frame[frame["metric"].isin(SHOWN) & ~frame["is_float"]]
+    known: list[Any] = [windows.get(cells[0]) for cells in frame["cells"]]
+    frame = frame.assign(window=known).dropna(subset="window")
+    keys = ["model", "dataset", "method", "bits", "bc", "granularity", "scope"]
+    frame = frame[frame.groupby(keys)["window"].transform("nunique") > 1]
+    return _curves(title, frame, "window", "tokens of a test window", None)
+
+
+def _curves(title: str, frame: pd.DataFrame, x: str, label: str, plain: pd.DataFrame | None) -> Figure | None:
+    """The metric of every kind against a column, a panel for each model, data set, quantizer and bit width."""
+    if frame.empty:
         return None
     place_keys = ["model", "dataset", "method", "bits"]
-    places = with_bc[place_keys].drop_duplicates().to_numpy().tolist()
+    places = frame[place_keys].drop_duplicates().to_numpy().tolist()
     figure = new_figure(WIDTH * 0.75, 2.4 * len(places) + 0.8)
     grid = figure.subplots(len(places), 1, squeeze=False)[:, 0]
-    for axes, (model, dataset, method, label) in zip(grid, places, strict=True):
-        place = dict(zip(place_keys, (model, dataset, method, label), strict=True))
-        plain = _of(frame, bc="off", **place)
-        _samples_panel(axes, _of(with_bc, **place), plain)
-        axes.set_title(f"{model}, {dataset}, {method} {label}")
+    for axes, values in zip(grid, places, strict=True):
+        place = dict(zip(place_keys, values, strict=True))
+        _curve_panel(axes, _of(frame, **place), x)
+        if plain is not None:
+            for value in _of(plain, **place)["value"]:
+                axes.axhline(value, color=looks(["off"])["off"].colour, label=kind_label("off"))
+        axes.set_xlabel(label)
+        axes.set_title("{}, {}, {} {}".format(*values))
     legend(figure, list(grid))
     figure.suptitle(title, wrap=True)
     return figure
 
 
-def _samples_panel(axes: Axes, frame: pd.DataFrame, plain: pd.DataFrame) -> None:
+def _curve_panel(axes: Axes, frame: pd.DataFrame, x: str) -> None:
     from matplotlib.ticker import FuncFormatter, NullLocator
 
     look = looks(_kinds(frame))
     for kind in _kinds(frame):
-        shown = _of(frame, bc=kind).sort_values("calibration_samples")
+        shown = _of(frame, bc=kind).sort_values(x)
         seeds = int(shown["seeds"].max())
         axes.errorbar(
-            shown["calibration_samples"],
+            shown[x],
             shown["value"],
             yerr=_errors(shown),
             label=kind_label(kind) + (f" (mean and deviation of {seeds} draws)" if seeds > 1 else ""),
@@ -286,11 +310,8 @@ def _samples_panel(axes: Axes, frame: pd.DataFrame, plain: pd.DataFrame) -> None
             linestyle=look[kind].line,
             capsize=2,
         )
-    for value in plain["value"]:
-        axes.axhline(value, color=looks(["off"])["off"].colour, label=kind_label("off"))
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(frame["calibration_samples"].unique()))
+    axes.set_xticks(sorted(frame[x].unique()))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
-    axes.set_xlabel("samples that biases are fitted on")
     axes.set_ylabel(axis_label(str(frame["metric"].iloc[0])))

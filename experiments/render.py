@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +76,7 @@ def write_table(stem: Path, title: str, lines: Sequence[Line]) -> list[Path]:
 def wide(lines: Sequence[Line]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """One row a setting, the data sets side by side; and which entries are the best of their model and bits."""
     with_published = any(line.published for line in lines)
-    varied = varied_columns(lines)
+    further = varied(line.cell for line in lines)
     best = [id(line) for line in _best(lines)]
     table: dict[str, dict[tuple[str, str], str]] = {}
     bold: dict[str, set[tuple[str, str]]] = {}
@@ -84,7 +84,7 @@ def wide(lines: Sequence[Line]) -> tuple[pd.DataFrame, pd.DataFrame]:
         key = cell_hash(with_seed(line.cell, 0))
         row = table.setdefault(key, {})
         if line.rows or not row:  # storage is known as soon as one data set was evaluated
-            row |= {("", name): VARIED[name](line.cell) for name in varied}
+            row |= {("", name): value(line.cell) for name, value in further.items()}
             row |= {("", name): text for name, text in zip(SETTING, _setting(line), strict=True)}
         if with_published:
             row[line.heading, "published"] = number(line.published.value) if line.published else "—"
@@ -100,10 +100,10 @@ def wide(lines: Sequence[Line]) -> tuple[pd.DataFrame, pd.DataFrame]:
     return frame, mask
 
 
-def varied_columns(lines: Sequence[Line]) -> list[str]:
-    """Names of the further settings in which an experiment's cells differ."""
-    cells = [line.cell for line in lines if not line.cell.is_float]
-    return [name for name, value in VARIED.items() if len({value(cell) for cell in cells if cell.bc.enabled}) > 1]
+def varied(cells: Iterable[CellConfig]) -> dict[str, Callable[[CellConfig], str]]:
+    """The further settings in which cells differ: name → value of a cell."""
+    with_bc = [cell for cell in cells if cell.bc.enabled and not cell.is_float]
+    return {name: value for name, value in VARIED.items() if len(set(map(value, with_bc))) > 1}
 
 
 def fit_samples(cell: CellConfig) -> int:

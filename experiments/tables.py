@@ -88,11 +88,22 @@ def hashes(cell: CellConfig, seeds: Iterable[int]) -> list[str]:
     return list(dict.fromkeys(cell_hash(with_seed(cell, seed)) for seed in sorted(seeds)))
 
 
-def new_rows(cells: Iterable[CellConfig], results: Iterable[dict[str, Any]], experiment: str, suite: str) -> list[Row]:
+def own_results(
+    runs: Iterable[RunConfig], results: Iterable[dict[str, Any]], experiment: str
+) -> dict[str, dict[str, Any]]:
+    """Results by the hash of their cell that may count for an experiment.
+
+    Cells that it lists do wherever they were run; others, such as the same at another seed, where they were run for it.
+    """
+    listed = {cell_hash(run.cell) for run in runs}
+    return {r["cell"]: r for r in results if r["cell"] in listed or r["provenance"]["experiment"] == experiment}
+
+
+def new_rows(runs: Sequence[RunConfig], results: Iterable[dict[str, Any]], experiment: str, suite: str) -> list[Row]:
     """Rows for the results, at any seed, of an experiment's cells."""
-    found = {result["cell"]: result for result in results}
+    found = own_results(runs, results, experiment)
     seeds = {int(result["label"]["seed"]) for result in found.values()}
-    wanted = dict.fromkeys(h for cell in cells for h in hashes(cell, seeds))
+    wanted = dict.fromkeys(h for cell in distinct(runs) for h in hashes(cell, seeds))
     return [row for h in wanted if h in found for row in rows_of(found[h], experiment, suite)]
 
 
@@ -146,7 +157,7 @@ def rebuild(name: str, overrides: Sequence[str], results: Path, source: str = "f
         found = read_results(runs[0].logger)
     else:
         found = all_results(results)
-    rows = merge(read_rows(results / FILE), new_rows(cells, found, name, section.suite))
+    rows = merge(read_rows(results / FILE), new_rows(runs, found, name, section.suite))
     write_rows(results / FILE, rows)
     published = PublishedTable(PUBLISHED / section.published if section.published else None)
     lines = table_lines(cells, rows, name, published, results)

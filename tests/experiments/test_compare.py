@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bc.settings import Compensation
-from experiments.compare import compare, interval, main, rows_of, values_of
+from experiments.compare import compare, interval, main, rows_of, scored, values_of
 from experiments.compose import compose_run, hydra_ready
 from experiments.identity import cell_hash, with_seed
 from experiments.run import main as run
@@ -39,12 +39,25 @@ def test_differences_are_taken_sample_by_sample() -> None:
     for seed, (mine, other) in enumerate([("1101", "0101"), ("1111", "1100")]):
         results[cell_hash(with_seed(cell, seed))] = {"outcomes": {"d": mine}, "bits_per_weight": 4.5}
         results[cell_hash(with_seed(base, seed))] = {"outcomes": {"d": other}, "bits_per_weight": 4.25}
-    found = compare(cell, Compensation(), "d", results, [0, 1, 2])
+    found = compare(cell, Compensation(), "d", results, [0, 1, 2], {})
     assert found is not None
     assert (found.difference, found.seeds, found.samples, found.bits) == (pytest.approx(37.5), 2, 4, 0.25)
     assert found.better == 1.0 and found.low <= 37.5 <= found.high
-    assert compare(cell, Compensation(), "other", results, [0, 1]) is None
+    assert compare(cell, Compensation(), "other", results, [0, 1], {}) is None
     assert values_of([1.5, 2.0]).tolist() == [1.5, 2.0]
+
+
+def test_a_quantizer_without_data_has_one_baseline() -> None:
+    """Of the same weights and test samples; one that is calibrated has no other than its own."""
+    for quantizer, expected in (("rtn", 2), ("gptq", 1)):
+        usual = ["model=smollm2_135m", f"quantizer={quantizer}", "bits=w3", "data=embedded_demo"]
+        with hydra_ready():
+            cell = compose_run([*usual, "bc=sink", "data.calibration.samples=16"]).cell
+            base = compose_run([*usual, "bc='off'", "data.calibration.samples=16"]).cell
+        results = {cell_hash(with_seed(cell, s)): {"outcomes": {"d": [1.0, 2.0]}, "bits_per_weight": 4} for s in (0, 1)}
+        results[cell_hash(base)] = {"outcomes": {"d": [1.5, 2.5]}, "bits_per_weight": 3}
+        found = compare(cell, Compensation(), "d", results, [0, 1], {scored(base): cell_hash(base)})
+        assert found is not None and (found.seeds, found.difference) == (expected, -0.5)
 
 
 FAST = ["model=tiny_vit", "data=embedded_vision", "data.evaluation.limit=60", "data.calibration.samples=8"]

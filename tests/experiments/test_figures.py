@@ -89,6 +89,22 @@ def test_samples_figure() -> None:
     assert plots.bars("t", frame.settings(frame.frame_of(rows))) is None  # bars would lie on one another
 
 
+def test_lengths_figure() -> None:
+    """Cells that only the length of their test windows tells apart."""
+    rows = [row(bc=bc, value=v, cell=f"{bc}{n}") for bc in ("off", "sink") for n, v in ((128, 40.0), (512, 30.0))]
+    settings = frame.settings(frame.frame_of(rows))
+    windows = {f"{bc}{n}": n for bc in ("off", "sink") for n in (128, 512)}
+    figure = plots.lengths("t", settings, windows)
+    assert figure is not None
+    (axes,) = figure.axes
+    assert [line.get_xdata().tolist() for line in axes.lines if line.get_marker() not in ("_", "|", "None")] == [
+        [128, 512],
+        [128, 512],
+    ]
+    assert plots.lengths("t", settings, {}) is None
+    assert plots.lengths("t", settings, dict.fromkeys(windows, 128)) is None
+
+
 def test_published_values_beside_ours() -> None:
     rows = [row(experiment="table2", model="opt_125m", dataset="wikitext2", bc=bc, quantizer="gptq", granularity=g)
             for bc, g in (("off", ""), ("paper", "positional"), ("sink", "sink"))]  # fmt: skip

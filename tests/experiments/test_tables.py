@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from experiments import figures, status, tables, wandb_logger
+from experiments.compose import load_experiment
 from experiments.records import COLUMNS, merge, read_rows, write_rows
 from experiments.run import main
 from tests.experiments.conftest import Workspace
@@ -53,6 +54,17 @@ def test_cells_csv(demo: Workspace, tmp_path: Path) -> None:
         assert row["commit"]
     assert build(workspace) == 0
     assert (workspace.results / "cells.csv").read_bytes() == first
+
+
+def test_cells_of_other_experiments_count_where_they_are_listed(demo: Workspace) -> None:
+    """Those run for another experiment do at the seeds that this one lists, and at no other."""
+    results = [json.loads((folder / "result.json").read_text()) for folder in demo.cells()]
+    _, runs = load_experiment("demo", tiny(demo))
+    assert len(tables.new_rows(runs, results, "demo", "embedded")) == 15
+    for result in results:
+        result["provenance"]["experiment"] = "other"
+    listed = tables.new_rows(runs, results, "demo", "embedded")
+    assert len(listed) == 8 and {row["seed"] for row in listed} == {"0"}
 
 
 def test_table_from_a_fresh_clone(demo: Workspace, tmp_path: Path) -> None:
