@@ -127,7 +127,7 @@ def save_model(model: nn.Module, folder: Path, tokenizer: Any = None, provenance
     config: Any = model.config
     tensors: dict[str, Tensor] = {}
     sites = _store_all(weights, tensors)
-    compensated = {n: m.granularity for n, m in model.named_modules() if isinstance(m, BiasCompensation)}
+    biases = {name: m for name, m in model.named_modules() if isinstance(m, BiasCompensation)}
     quantized = {f"{name}.weight" for name in weights}
     seen: set[int] = set()
     for name, value in model.state_dict().items():
@@ -138,7 +138,8 @@ def save_model(model: nn.Module, folder: Path, tokenizer: Any = None, provenance
     header = {
         "format": MODEL_FORMAT,
         "sites": json.dumps(sites),
-        "compensation": json.dumps(compensated),
+        "compensation": json.dumps({name: child.granularity for name, child in biases.items()}),
+        "folded": json.dumps([name for name, child in biases.items() if child.folded]),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "attention": config._attn_implementation,  # equal outputs, bit by bit, need the same one
         "provenance": json.dumps(provenance or {}),
@@ -171,13 +172,16 @@ def open_model(folder: Path) -> nn.Module:
     options: dict[str, Any] = {"dtype": getattr(torch, header["dtype"]), "attn_implementation": header["attention"]}
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
     try:
-        _fill(model, tensors, json.loads(header["sites"]), json.loads(header["compensation"]))
+        compensated, folded = (json.loads(header.get(key, "[]")) for key in ("compensation", "folded"))
+        _fill(model, tensors, json.loads(header["sites"]), compensated, folded)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DamagedFileError(f"{path}: the file does not fit its config.json ({error})") from error
     return model.eval().requires_grad_(False)
 
 
-def _fill(model: nn.Module, tensors: dict[str, Tensor], sites: dict[str, Any], compensated: dict[str, str]) -> None:
+def _fill(
+    model: nn.Module, tensors: dict[str, Tensor], sites: dict[str, Any], compensated: dict[str, str], folded: list[str]
+) -> None:
     """Give a new model the stored weights and biases."""
     context = PositionContext.of(model)
     rest = {key.removeprefix(STATE): value for key, value in tensors.items() if key.startswith(STATE)}
@@ -186,7 +190,8 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], sites: dict[str, Any], c
         table: Tensor | LowRank = bias
         if f"{name}.left" in rest:
             table = LowRank(bias, rest.pop(f"{name}.left"), rest.pop(f"{name}.right"))
-        attach(_module(model, name.rpartition(".")[0]), table, granularity, context, bias.dtype)
+        child = attach(_module(model, name.rpartition(".")[0]), table, granularity, context, bias.dtype)
+        child.folded = name in folded
     for key in [k for k in rest if k.endswith(".bias") and _bare(model, k)]:  # a folded bias where there was none
         _module(model, key.removesuffix(".bias")).bias = nn.Parameter(rest[key], requires_grad=False)
     results = _restore_all(sites, tensors)

@@ -25,6 +25,7 @@ from bc.regularise import LowRank
 from bc.statistics import PositionSums
 
 CHILD = "compensation"
+LED = ("sink", "lowrank")  # granularities whose last row is shared by all positions that have none of their own
 
 
 def linear_bias(weight: Tensor, quantized: Tensor, mean_input: Tensor, mean_quantized: Tensor | None = None) -> Tensor:
@@ -88,6 +89,10 @@ class BiasCompensation(nn.Module):
 
     The state dict holds ``bias`` in its shape, and ``left`` and ``right`` where there are factors.
 
+    Attributes:
+        folded: The row that later positions share is in the module's own bias (:func:`fold`): the table has the rows of
+            the leading positions alone, as differences from it.
+
     Raises:
         QuantizationError: A bias is not finite, or too large for the storage type.
     """
@@ -112,12 +117,14 @@ class BiasCompensation(nn.Module):
         self.granularity = granularity
         self.context = context
         self.layout = layout
+        self.folded = False
 
     def extra_repr(self) -> str:
         """Shape and granularity, for printing a model."""
         rank = "" if self.left is None else f", rank={self.left.shape[1]}"
         rows, channels = self.bias.shape
-        return f"{self.granularity}, rows={rows}, channels={channels}{rank}, dtype={self.bias.dtype}"
+        folded = ", folded" if self.folded else ""
+        return f"{self.granularity}, rows={rows}, channels={channels}{rank}, dtype={self.bias.dtype}{folded}"
 
     @property
     def size(self) -> int:
@@ -127,7 +134,16 @@ class BiasCompensation(nn.Module):
     @property
     def shared(self) -> bool:
         """Whether every position has the same bias."""
-        return len(self.bias) == 1 and self.left is None
+        return len(self.bias) == 1 and self.left is None and not self.folded
+
+    def table(self) -> Tensor:
+        """Rows of the leading positions and the one that later positions share, shape (rows, channels)."""
+        return torch.cat([self.bias, torch.zeros_like(self.bias[:1])]) if self.folded else self.bias
+
+    def fold_last(self) -> None:
+        """Leave the last row to the module's own bias."""
+        self.bias = _stored(self.bias[:-1].float() - self.bias[-1].float(), self.bias.dtype)
+        self.folded = True
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """The factors of the product that is added to the rows."""
@@ -139,8 +155,9 @@ class BiasCompensation(nn.Module):
         if positions is None:
             positions = torch.arange(tokens, device=self.bias.device)[None]
         positions = positions[:, -tokens:].to(self.bias.device)
-        fitted = len(self.bias)
-        found = self.bias[positions.clamp(max=fitted - 1)]
+        table = self.table()
+        fitted = len(table)
+        found = table[positions.clamp(max=fitted - 1)]
         late = positions >= fitted
         if self.left is not None and self.right is not None:
             known = positions - (fitted - 1)
@@ -249,28 +266,36 @@ def detach(module: nn.Module) -> None:
 
 
 def fold(module: nn.Module) -> bool:
-    """Fold a channel bias into a module's own bias (made where there is none), so that it costs nothing.
+    """Fold what positions share into a module's own bias, so that it costs nothing.
+
+    A channel bias goes wholly, and where there is no bias one is made. Of granularities ``sink`` and ``lowrank`` the
+    row that later positions share goes, into a bias that is there already, and the others stay as differences from it.
 
     Args:
-        module: A Linear or Conv2d with a :class:`BiasCompensation` of one row attached.
+        module: A Linear or Conv2d with a :class:`BiasCompensation` attached.
 
     Returns:
-        True if the bias was folded; False where the site or the granularity does not allow it.
+        True if something was folded; False where the site or the granularity does not allow it.
 
     Raises:
         QuantizationError: The sum does not fit the module's dtype.
     """
     child = compensation_of(module)
-    if child is None or not child.shared or not isinstance(module, (nn.Linear, nn.Conv2d)):
+    if child is None or child.folded or not isinstance(module, (nn.Linear, nn.Conv2d)):
         return False
-    extra = child.bias[0].to(module.weight.device, torch.float32)
     own = module.bias
+    if not child.shared and (child.granularity not in LED or own is None):
+        return False
+    extra = child.bias[-1].to(module.weight.device, torch.float32)
     total = extra if own is None else own.detach().float() + extra
     stored = total.to(module.weight.dtype)
     if not finite(stored):
         raise QuantizationError(f"a folded bias of {total.abs().max():.3g} does not fit {stored.dtype}; use bfloat16")
+    if child.shared:
+        detach(module)
+    else:
+        child.fold_last()
     module.bias = nn.Parameter(stored, requires_grad=False)
-    detach(module)
     return True
 
 

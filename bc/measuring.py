@@ -123,7 +123,8 @@ def finish(report: SiteReport, module: nn.Module, *, shared: bool = False) -> No
     report.granularity = child.granularity
     if shared:
         return
-    bare = getattr(module, "bias", None) is None
-    size = child.size
-    report.folded = fold(module)
-    report.bias_parameters = 0 if report.folded and not bare else size
+    bare, channels = getattr(module, "bias", None) is None, child.bias.shape[1]
+    folded = fold(module)
+    left = compensation_of(module)
+    report.folded = left is None
+    report.bias_parameters = (0 if left is None else left.size) + (channels if folded and bare else 0)

@@ -24,6 +24,7 @@ from bc.compensation import (
 )
 from bc.errors import QuantizationError, UserError
 from bc.positions import PositionContext, token_positions
+from bc.regularise import LowRank
 
 GRANULARITIES = ["channel", "sink", "positional"]
 LENGTH = 7
@@ -401,12 +402,38 @@ def test_folding_a_convolution_changes_no_output(bias, size):
     assert torch.allclose(module(x), before, atol=1e-6)
 
 
+@pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize(("rows", "granularity"), [(2, "sink"), (4, "positional")])
-def test_what_depends_on_the_position_does_not_fold(rows, granularity):
-    module = nn.Linear(3, 2)
+def test_what_depends_on_the_position_does_not_fold(rows, granularity, own):
+    module = nn.Linear(3, 2, bias=own)
     attach(module, torch.randn(rows, 2), granularity)
-    assert not fold(module)
+    assert fold(module) == (own and granularity == "sink")
     assert compensation_of(module) is not None
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("leading", [1, 3])
+def test_the_row_that_positions_share_folds(leading, rank):
+    """Into the bias that is there; outputs stay, also of tokens in the middle and past the fitted length."""
+    torch.manual_seed(0)
+    module, context = nn.Linear(3, 2), PositionContext()
+    base = torch.randn(leading + 1, 2)
+    table = LowRank(base, torch.randn(4, rank), torch.randn(rank, 2)) if rank else base
+    attach(module, table, "lowrank" if rank else "sink", context, torch.float32)
+    x, parts = torch.randn(2, 9, 3), [slice(0, 9), slice(2, 3), slice(1, 6), slice(8, 9)]
+
+    def outputs():
+        found = []
+        for part in parts:
+            context.set(torch.arange(9)[None, part], None)
+            found.append(module(x[:, part]))
+        return found
+
+    before, size = outputs(), bias_parameters(module)
+    assert fold(module) and not fold(module)
+    assert bias_parameters(module) == size - 2
+    for one, two in zip(before, outputs(), strict=True):
+        assert torch.allclose(one, two, atol=1e-6)
 
 
 def test_modules_that_have_no_bias_of_their_own_do_not_fold():

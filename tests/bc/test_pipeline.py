@@ -247,19 +247,12 @@ def layer_pairs(model: nn.Module, result: nn.Module, samples: Tensor):
         site, child = ours[name], compensation_of(ours[name])
         own = exact[name].bias if exact[name].bias is not None else 0
         bare = x @ site.weight.T + own
+        after = x @ site.weight.T + (site.bias if site.bias is not None else 0)  # with what was folded
         if child is not None:
             table = child.bias.float()
-            rows = torch.stack(
-                [
-                    table[t]
-                    if t < len(table)
-                    else (table[1:].mean(0) if child.granularity == "positional" else table[-1])
-                    for t in range(x.shape[1])
-                ]
-            )
-            after = bare + rows
-        else:  # folded
-            after = x @ site.weight.T + (site.bias if site.bias is not None else 0)
+            late = {"positional": table[1:].mean(0), "sink": 0 if child.folded else table[-1]}[child.granularity]
+            fitted = len(table) if child.folded or child.granularity == "positional" else len(table) - 1
+            after = after + torch.stack([table[t] if t < fitted else late + 0 * table[0] for t in range(x.shape[1])])
         yield name, goal, bare, after
 
 
@@ -462,7 +455,7 @@ def test_bits_per_weight_against_a_hand_count(name, bits, group):
     for preset, extra, parameters in (
         ("off", 0, 0),
         ("channel", 0 if own else outputs * 32, 0 if own else outputs),  # folded; LLaMA gets biases it had not
-        ("sink", 2 * outputs * 16, 2 * outputs),
+        ("sink", outputs * 16 if own else 2 * outputs * 16, outputs if own else 2 * outputs),  # one row of two folds
         ("positional", 12 * outputs * 16, 12 * outputs),
         ("paper", 12 * (outputs + 3 * 32) * 16, 12 * (outputs + 3 * 32)),
     ):
