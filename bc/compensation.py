@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 
 from bc.activations import remove_child
 from bc.errors import QuantizationError, UserError
@@ -169,27 +170,41 @@ class BiasCompensation(nn.Module):
             found = torch.where(late[..., None], beyond, found)
         return found
 
-    def forward(self, output: Tensor) -> Tensor:
+    def forward(self, output: Tensor, *, in_place: bool = False) -> Tensor:
         """Add the bias.
 
         Args:
             output: Of the layout; (batch · tokens, channels) where a language model flattens its tokens.
+            in_place: Add it to the argument itself, which has to be contiguous and of layout ``tokens``.
 
         Returns:
-            A new tensor of the same shape and dtype; the argument is not changed.
+            A tensor of the same shape and dtype: a new one, or the argument.
         """
         if self.shared and self.layout == "tokens":
-            return output + self.bias[0].to(output.dtype)
+            row = self.bias[0].to(output.dtype)
+            return output.add_(row) if in_place else output + row
         known = self.context.positions if self.context is not None else None
         shaped = to_rows(output, self.layout, len(output) if known is None else known.shape[1])
-        rows = self.bias if self.shared else self.rows(shaped.shape[1])
-        return from_rows(shaped + rows.to(output.dtype), output, self.layout)
+        rows = (self.bias if self.shared else self.rows(shaped.shape[1])).to(output.dtype)
+        if in_place:
+            shaped.add_(rows)
+            return output
+        return from_rows(shaped + rows, output, self.layout)
 
     def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook: compensate a tensor, or the first element of a tuple."""
         if isinstance(output, Tensor):
-            return self(output)
+            return self(output, in_place=_is_ours_alone(module, output) and self.layout == "tokens")
         return (self(output[0]), *output[1:])
+
+
+def _is_ours_alone(module: nn.Module, output: Tensor) -> bool:
+    """Whether nobody else can hold what a module has just returned, so that it may be changed.
+
+    A Linear makes its output anew; another hook, or autograd, could have kept it.
+    """
+    hooks = len(module._forward_hooks) + len(module_hooks._global_forward_hooks)
+    return type(module) is nn.Linear and hooks == 1 and not output.requires_grad and output.is_contiguous()
 
 
 def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -411,6 +411,37 @@ def test_what_depends_on_the_position_does_not_fold(rows, granularity, own):
     assert compensation_of(module) is not None
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_nobody_sees_the_output_change(rows):
+    """Whatever a hook, a global hook or autograd has kept of a Linear's output stays as it was."""
+    module, x = nn.Linear(3, 2), torch.randn(2, 5, 3)
+    with torch.no_grad():
+        plain = module(x)
+    table = torch.randn(rows, 2)
+    kept = []
+
+    def keep(called, args, output):
+        if called is module:
+            kept.append(output)
+
+    late = table[-1:].expand(5 - rows, 2)
+    expected = plain + torch.cat([table, late])
+    for register in (module.register_forward_hook, torch.nn.modules.module.register_module_forward_hook, None):
+        handle = register(keep) if register else None
+        attach(module, table, "sink" if rows < 5 else "positional", dtype=torch.float32)
+        with torch.no_grad():
+            assert torch.allclose(module(x), expected, atol=1e-6)
+            assert torch.allclose(module(x), expected, atol=1e-6)  # neither the weight nor the bias was changed
+        assert all(torch.equal(value, plain) for value in kept) and len(kept) == (2 if register else 0)
+        out = module(x.clone().requires_grad_())
+        out.sum().backward()
+        assert torch.allclose(out, expected, atol=1e-6)
+        detach(module)
+        if handle is not None:
+            handle.remove()
+        kept.clear()
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("leading", [1, 3])
 def test_the_row_that_positions_share_folds(leading, rank):
