@@ -23,6 +23,15 @@ def test_the_results_tables_are_the_committed_ones(name: str) -> None:
     assert table_lines(shown[1]) == table_lines(made)
 
 
+def test_the_excerpt_of_a_table_is_of_the_committed_one() -> None:
+    shown = re.search(
+        r"<!-- table1_embedded, .*? -->\n(.*?)<!-- end -->", (ROOT / "README.md").read_text("utf8"), re.DOTALL
+    )
+    assert shown is not None
+    made = table_lines((ROOT / "results" / "tables" / "table1_embedded.md").read_text("utf8"))
+    assert len(table_lines(shown[1])) > 2 and table_lines(shown[1]) == [x for x in made if x in table_lines(shown[1])]
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     source = ROOT / page
