@@ -139,7 +139,7 @@ class BiasCompensation(nn.Module):
 
     def table(self) -> Tensor:
         """Rows of the leading positions and the one that later positions share, shape (rows, channels)."""
-        return torch.cat([self.bias, torch.zeros_like(self.bias[:1])]) if self.folded else self.bias
+        return torch.cat([self.bias, self.bias.new_zeros(1, self.bias.shape[1])]) if self.folded else self.bias
 
     def fold_last(self) -> None:
         """Leave the last row to the module's own bias."""
