@@ -19,7 +19,7 @@ from bc.compensation import compensation_of
 from bc.errors import QuantizationError, UserError
 from bc.pipeline import Engine, calibrate, compensate
 from bc.quantizers.base import SiteResult
-from bc.settings import Bits, Compensation
+from bc.settings import GRANULARITIES, Bits, Compensation
 from bc.site_calibration import output_gradients
 from bc.vision import sites, units, wrap
 from tests.bc.vision.conftest import make
@@ -199,6 +199,21 @@ def _changed(model: nn.Module, site: Any) -> bool:
     """Whether a site's own bias was changed by folding (a head has one position)."""
     own, other = getattr(site.module, "bias", None), getattr(model.get_submodule(site.name), "bias", None)
     return own is not None and (other is None or not torch.equal(own, other))
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("kind", ["vit", "deit_distilled", "swin"])
+def test_every_granularity_brings_each_site_nearer(kind: str, granularity: str) -> None:
+    """On the images that it is fitted on; and the model then runs on others, with what folds folded."""
+    model, few = ready(kind)
+    images = images_for(few)
+    settings = Compensation(("layer",), granularity, budget=64.0, dtype="float32")  # type: ignore[arg-type]
+    report = compensate(model, quantized(model, images), settings, images, ENGINE, report_calibration=images)
+    assert report.sites and not any(site.granularity not in (granularity, "channel") for site in report.sites)
+    for site in report.sites:
+        summary = site.calibration.summary()
+        assert summary["mse_after"] <= summary["mse_before"] * (1 + 1e-6), site.site
+    assert model(few).isfinite().all()
 
 
 def test_sink_sets_class_tokens_apart_and_nothing_else() -> None:
