@@ -172,8 +172,8 @@ def open_model(folder: Path) -> nn.Module:
     options: dict[str, Any] = {"dtype": getattr(torch, header["dtype"]), "attn_implementation": header["attention"]}
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
     try:
-        compensated, folded = (json.loads(header.get(key, "[]")) for key in ("compensation", "folded"))
-        _fill(model, tensors, json.loads(header["sites"]), compensated, folded)
+        folded = json.loads(header.get("folded", "[]"))  # earlier files have none
+        _fill(model, tensors, json.loads(header["sites"]), json.loads(header["compensation"]), folded)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DamagedFileError(f"{path}: the file does not fit its config.json ({error})") from error
     return model.eval().requires_grad_(False)
