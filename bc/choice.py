@@ -64,6 +64,8 @@ def candidates(settings: Compensation, *, vision: bool) -> list[Compensation]:
         found += [] if vision else [replace(fed, granularity="sink", sink_positions=0)]
         found += [replace(fed, granularity=name) for name in ("lowrank", "shrink", "positional")]
         found += [replace(fed, granularity=name, scope=wide) for name in ("sink", "shrink")]
+        if vision and stream == "quantized":  # a Linear there makes good what the matmul before it lacks
+            found += [replace(fed, granularity="lowrank", kinds=("conv", "linear"))]
     return found
 
 

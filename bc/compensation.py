@@ -242,9 +242,11 @@ def attach(
     Raises:
         UserError: The module has a bias of another shape.
     """
+    old = compensation_of(module)
+    if isinstance(bias, LowRank) and old is not None and old.granularity == granularity and not old.folded:
+        old, bias = _alike(old, bias)
     rows = bias.base if isinstance(bias, LowRank) else bias
     factors = (bias.left, bias.right) if isinstance(bias, LowRank) and bias.rank else None
-    old = compensation_of(module)
     if old is not None:
         if old.bias.shape != rows.shape or old.granularity != granularity:
             raise UserError(
@@ -258,6 +260,17 @@ def attach(
     module.add_module(CHILD, child)
     module.register_forward_hook(child.hook)
     return child
+
+
+def _alike(old: BiasCompensation, bias: LowRank) -> tuple[BiasCompensation, LowRank]:
+    """Two low-rank tables of a site with as many own rows."""
+    empty = bias.left.new_zeros(len(bias.left) + bias.own - len(old.bias) + 1, 0), bias.right[:0]
+    left, right = old.factors() or empty
+    table = LowRank(*(part.to(bias.base) for part in (old.bias, left, right)))
+    own = max(table.own, bias.own)
+    table, bias = table.owning(own), bias.owning(own)
+    factors = (table.left, table.right) if table.rank else None
+    return BiasCompensation(table.base, old.granularity, old.context, old.bias.dtype, old.layout, factors), bias
 
 
 def _joined(one: tuple[Tensor, Tensor] | None, two: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
@@ -278,6 +291,11 @@ def detach(module: nn.Module) -> None:
     """Remove a module's bias; the output is again what it was."""
     if compensation_of(module) is not None:
         remove_child(module, CHILD)
+
+
+def folds(module: nn.Module) -> bool:
+    """Whether a row that all positions share has a bias of the module's own to go into."""
+    return isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None
 
 
 def fold(module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from bc.activations import quantizers_of
 from bc.calibration import Samples, Stream, on_device
 from bc.chains import Chain
-from bc.compensation import attach, compensation_of, fold, linear_bias
+from bc.compensation import attach, compensation_of, fold, folds, linear_bias
 from bc.errors import QuantizationError, UserError
 from bc.measuring import Measure
 from bc.parts import Captured, find, run_captured, run_fed
-from bc.passes import Taker, adding, advance, both
+from bc.passes import Taker, adding, adding_difference, adding_edges, adding_quantized, advance, both
 from bc.quantizers.base import SiteResult
-from bc.regularise import Estimates, LowRank, low_rank, shrink
+from bc.regularise import Allowance, Estimates, LowRank, low_rank, shrink
 from bc.report import SiteReport
 from bc.rivals import fit_affine, fit_classic, fit_linear_map
 from bc.settings import REGULARISED, Compensation
@@ -47,6 +47,7 @@ class Fit:
         self.chain, self.settings = chain, settings
         self.capture, self.results, self.means = capture, dict(results), means
         self.dtype = getattr(torch, settings.dtype)
+        self.allowance = Allowance(settings.budget / torch.finfo(self.dtype).bits)
         self.float_fit: Stream | None = None
         self.quantized_fit: Stream | None = None
         self.stage_fit: Stream | None = None  # from the float input of a stage through its quantized units
@@ -94,7 +95,10 @@ class Fit:
             assert self.float_fit is not None
             self.stage_fit = self.float_fit.fork()
         scopes = [scope for scope in unit.regions if scope in self.settings.scope]
-        passed = "layer" in self.settings.scope and self._fit_layers(unit, source, scopes)
+        layers = "layer" in self.settings.scope
+        if not layers:
+            self._deal(unit, scopes, {})
+        passed = layers and self._fit_layers(unit, source, scopes)
         if self.settings.method == "linear":
             if scopes:
                 fit_linear_map(self, unit, source)
@@ -164,19 +168,19 @@ class Fit:
     def _table(
         self,
         unit: Unit,
+        module: nn.Module,
         sums: Sequence[PositionSums],
         rows: Callable[..., Tensor] = lambda mean: mean,
         layout: str = "tokens",
-        weights: int = 0,
     ) -> Tensor | LowRank:
         """A bias from statistics.
 
         Args:
             unit: Where.
+            module: Whose output gets it.
             sums: Of what the bias is a linear map of: inputs, or differences of outputs.
             rows: Their means ↦ rows of the bias.
             layout: Of the site's output.
-            weights: Of the site; 0 where it has none and the unit's mean counts.
         """
         s = self.settings
         asked = self.chain.sink_positions(unit, s.sink_positions or find_sinks(sums[0])) if layout != "image" else 0
@@ -187,10 +191,22 @@ class Fit:
         estimates = Estimates(tables[0], tables[1], tables[2], parts[0].counts)
         if s.granularity == "shrink":
             return shrink(estimates, asked)
-        weights = weights or unit.mean_weights
-        values = max(1, estimates.whole.shape[0] - asked + estimates.whole.shape[1])
-        bits = torch.finfo(self.dtype).bits
-        return low_rank(estimates, asked, int(s.budget * weights / (bits * values)))
+        shared = 0 if folds(module) else estimates.whole.shape[1]
+        found = low_rank(estimates, asked, self.allowance.share() - shared)
+        self.allowance.take(shared + found.size)
+        return found
+
+    def _deal(self, unit: Unit, scopes: Sequence[str], sums: Sums) -> None:
+        """Open the allowance of a unit for its sites, as they come, and for the parts behind them."""
+        if self.settings.granularity != "lowrank":
+            return
+        weights = sum(s.weight.numel() for s in unit.sites if s.name in self.results and s.weight is not None)
+        costs = []
+        for group in self.sites(unit) if "layer" in self.settings.scope else []:
+            for site in group:
+                channels = sums[site.name].total.shape[1] if site.weight is None else len(site.weight)
+                costs.append(channels if folds(site.module) else 2 * channels)
+        self.allowance.open(weights, costs + costs[-1:] * len(scopes) or [1] * len(scopes))
 
     def sites(self, unit: Unit) -> list[tuple[Site, ...]]:
         """Groups of the sites of a unit that are to be compensated."""
@@ -201,10 +217,11 @@ class Fit:
     def _layers(self, unit: Unit, source: nn.Module, scopes: list[str]) -> None:
         """On the float stream: W E[x] − Ŵ E[q(x)], and for sites that are not Linears the mean difference."""
         sums = self.means if self.means is not None else self._float_sums(unit, source, scopes)
+        self._deal(unit, scopes, sums)
         for group in self.sites(unit):
             for site in group:
                 if site.kind != "linear":
-                    bias = self._table(unit, [sums[site.name]], layout=site.layout)
+                    bias = self._table(unit, site.module, [sums[site.name]], layout=site.layout)
                     self.attach(site.name, site.module, bias, site.layout)
                     continue
                 seen = sums.get(f"{site.name} quantized")
@@ -218,7 +235,7 @@ class Fit:
             return linear_bias(weight, quantized, *(mean.to(weight.device) for mean in means))
 
         sums = [x] if x_hat is None else [x, x_hat]
-        self.attach(site.name, site.module, self._table(unit, sums, rows, weights=weight.numel()))
+        self.attach(site.name, site.module, self._table(unit, site.module, sums, rows))
 
     def _float_pass(
         self, source: nn.Module, scopes: list[str], before: dict[nn.Module, Taker], after: dict[nn.Module, Taker]
@@ -242,12 +259,12 @@ class Fit:
             for site in group:
                 module = find(source, unit.path(site))
                 if site.kind != "linear":
-                    after[module] = _adding_difference(stream, sums, site)
+                    after[module] = adding_difference(stream, sums, site)
                     continue
                 if site is group[0]:
                     before[module] = adding(stream, sums, site.name)
                 if quantizers_of(site.module) is not None:
-                    take = _adding_quantized(stream, sums, site)
+                    take = adding_quantized(stream, sums, site)
                     before[module] = both(before[module], take) if module in before else take
         self._float_pass(source, scopes, before, after)
         return sums
@@ -259,14 +276,15 @@ class Fit:
         if self.means is None:
             assert self.float_fit is not None
             firsts = {group[0]: find(source, unit.path(group[0])) for group in self.sites(unit)}
-            self._float_pass(source, scopes, *_adding_edges(self.float_fit, goals, firsts))
+            self._float_pass(source, scopes, *adding_edges(self.float_fit, goals, firsts))
+        self._deal(unit, scopes, goals)
         for group in self.sites(unit):
             first, seen = group[0], Sums()
-            edges = _adding_edges(self.quantized_fit, seen, {first: first.module})
+            edges = adding_edges(self.quantized_fit, seen, {first: first.module})
             advance(self.quantized_fit, unit.module, *edges, whole=False)
             goal, got = goals[first.name], seen[first.name]
             if first.kind != "linear":
-                bias = self._table(unit, [goal, got], lambda a, b: a - b, first.layout)
+                bias = self._table(unit, first.module, [goal, got], lambda a, b: a - b, first.layout)
                 self.attach(first.name, first.module, bias, first.layout)
                 continue
             for site in group:
@@ -288,7 +306,8 @@ class Fit:
             stream.add(sums, scope, goal.output.float() - output.float())
             if result is not None:
                 stream.cache[b] = result
-        self.attach(unit.region_name(scope), find(unit.module, region.exit), self._table(unit, [sums[scope]]))
+        module = find(unit.module, region.exit)
+        self.attach(unit.region_name(scope), module, self._table(unit, module, [sums[scope]]))
         return moves
 
     def _goal(self, source: nn.Module, region: Region, b: int, *, whole: bool) -> tuple[Captured, Tensor | None]:
@@ -316,7 +335,7 @@ class Fit:
         """Bias of a stage: mean difference of what leaves it; the streams are past its last unit."""
         assert self.float_fit is not None
         name = unit.name.rpartition(".blocks.")[0] or unit.name
-        bias = self._difference(unit, self.float_fit, stream, lambda s, b: s.cache[b])
+        bias = self._difference(unit, unit.module, self.float_fit, stream, lambda s, b: s.cache[b])
         if stream is self.quantized_fit:  # it is past the unit already
             late = attach(nn.Identity(), bias, self.settings.granularity, dtype=self.dtype)
             for b in range(len(stream)):
@@ -326,20 +345,22 @@ class Fit:
         return _report(name, "stage", unit.module, shared=shared)
 
     def _difference(
-        self, unit: Unit, goal: Stream, got: Stream, read: Callable[[Stream, int], Tensor]
+        self, unit: Unit, module: nn.Module, goal: Stream, got: Stream, read: Callable[[Stream, int], Tensor]
     ) -> Tensor | LowRank:
         sums = Sums()
         for b in range(len(goal)):
             goal.use(b)
             goal.add(sums, "", read(goal, b).float() - read(got, b).float())
-        return self._table(unit, [sums[""]])
+        return self._table(unit, module, [sums[""]])
 
     @torch.no_grad()
     def model_scope(self, device: torch.device) -> list[SiteReport]:
         """Bias of the logits: mean difference between the float and the compensated quantized model."""
         assert self.float_fit is not None and self.quantized_fit is not None
         with on_device(device, *self.chain.tail):
-            bias = self._difference(self.chain.units[-1], self.float_fit, self.quantized_fit, self.chain.logits)
+            head = self.chain.model.get_submodule(self.chain.heads[0])
+            unit = self.chain.units[-1]
+            bias = self._difference(unit, head, self.float_fit, self.quantized_fit, self.chain.logits)
         reports = []
         for name in self.chain.heads:
             head = self.chain.model.get_submodule(name)
@@ -355,32 +376,3 @@ def _report(name: str, scope: str, module: nn.Module, *, shared: bool = False) -
     child = compensation_of(module)
     assert child is not None
     return SiteReport(name, scope, child.granularity, 0 if shared else child.size)
-
-
-def _adding_difference(stream: Stream, sums: Sums, site: Site) -> Taker:
-    """Function that adds the difference between a float site's output and that of the quantized site on its inputs."""
-
-    def take(args: tuple[Any, ...], output: Tensor) -> None:
-        stream.add(sums, site.name, output.float() - site.module(*args).float(), site.layout)
-
-    return take
-
-
-def _adding_quantized(stream: Stream, sums: Sums, site: Site) -> Taker:
-    """Function that adds what a quantized site makes of its input."""
-    quantizers = quantizers_of(site.module)
-    assert quantizers is not None
-    return lambda args, output: stream.add(sums, f"{site.name} quantized", quantizers.quantized(args)[0])
-
-
-def _adding_edges(
-    stream: Stream, sums: Sums, modules: Mapping[Site, nn.Module]
-) -> tuple[dict[nn.Module, Taker], dict[nn.Module, Taker]]:
-    """Functions that add the inputs of Linears, called before these run, and the outputs of other sites."""
-    before = {m: adding(stream, sums, site.name) for site, m in modules.items() if site.kind == "linear"}
-    after = {m: _adding_output(stream, sums, site) for site, m in modules.items() if site.kind != "linear"}
-    return before, after
-
-
-def _adding_output(stream: Stream, sums: Sums, site: Site) -> Taker:
-    return lambda args, output: stream.add(sums, site.name, output, site.layout)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bc.activations import quantizers_of
 from bc.calibration import StopForward, Stream, hooked
 from bc.sites import Site, Unit
 from bc.statistics import PositionSums
@@ -192,3 +193,33 @@ def input_sums(unit: Unit, stream: Stream, sums: dict[str, PositionSums], *, who
         whole: The unit's outputs are wanted; else the stream stays where it is.
     """
     advance(stream, unit.module, {g[0].module: adding(stream, sums, g[0].name) for g in linears(unit)}, whole=whole)
+
+
+def adding_difference(stream: Stream, sums: dict[str, PositionSums], site: Site) -> Taker:
+    """Function that adds the difference between a float site's output and that of the quantized site on its inputs."""
+
+    def take(args: tuple[Any, ...], output: Tensor) -> None:
+        stream.add(sums, site.name, output.float() - site.module(*args).float(), site.layout)
+
+    return take
+
+
+def adding_quantized(stream: Stream, sums: dict[str, PositionSums], site: Site) -> Taker:
+    """Function that adds what a quantized site makes of its input."""
+    quantizers = quantizers_of(site.module)
+    assert quantizers is not None
+    return lambda args, output: stream.add(sums, f"{site.name} quantized", quantizers.quantized(args)[0])
+
+
+def adding_edges(
+    stream: Stream, sums: dict[str, PositionSums], modules: Mapping[Site, nn.Module]
+) -> tuple[dict[nn.Module, Taker], dict[nn.Module, Taker]]:
+    """Functions that add the inputs of Linears, called before these run, and the outputs of other sites."""
+    before = {m: adding(stream, sums, site.name) for site, m in modules.items() if site.kind == "linear"}
+    after = {m: adding_output(stream, sums, site) for site, m in modules.items() if site.kind != "linear"}
+    return before, after
+
+
+def adding_output(stream: Stream, sums: dict[str, PositionSums], site: Site) -> Taker:
+    """Function that adds what a site returns."""
+    return lambda args, output: stream.add(sums, site.name, output, site.layout)

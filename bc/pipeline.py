@@ -366,11 +366,10 @@ class Storage:
 
     def add(self, site: Site, result: SiteResult) -> None:
         """Count one more site."""
-        weight = getattr(site.module, "weight", None)
-        if weight is not None:
-            self.weights += weight.numel()
+        if site.weight is not None:
+            self.weights += site.weight.numel()
             stored = None if result.weight is None else result.weight.storage_bits()
-            self.bits += weight.numel() * weight.element_size() * 8 if stored is None else stored
+            self.bits += site.weight.numel() * site.weight.element_size() * 8 if stored is None else stored
         self.bits += sum(quantizer.storage_bits() for quantizer in result.inputs)
 
 

@@ -7,6 +7,7 @@ shows the noise. They are linear in the statistics, so the closed form of a Line
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,8 +83,8 @@ class LowRank:
     """A positional table as few own rows, one shared row, and a product.
 
     Attributes:
-        base: fp32, shape (leading + 1, channels): rows of the first positions, and the row that the others share.
-        left: fp32, shape (positions − leading, rank).
+        base: fp32, shape (own + 1, channels): rows of the first positions, and the row that the others share.
+        left: fp32, shape (positions − own, rank).
         right: fp32, shape (rank, channels).
     """
 
@@ -96,54 +97,129 @@ class LowRank:
         """Rank of the product."""
         return self.left.shape[1]
 
+    @property
+    def own(self) -> int:
+        """Leading positions with a row of their own."""
+        return len(self.base) - 1
+
+    @property
+    def size(self) -> int:
+        """Values besides the shared row."""
+        return self.base[:-1].numel() + self.left.numel() + self.right.numel()
+
     def table(self) -> Tensor:
         """The positional table, fp32, shape (positions, channels)."""
         return torch.cat([self.base[:-1], self.base[-1] + self.left @ self.right])
 
+    def owning(self, own: int) -> LowRank:
+        """The same table with more rows of their own."""
+        assert own >= self.own
+        base = torch.cat([self.table()[:own], self.base[-1:]])
+        return LowRank(base, self.left[own - self.own :], self.right)
 
-def truncate(table: Tensor, leading: int, rank: int) -> LowRank:
+
+def truncate(table: Tensor, leading: int, rank: int, own: int | None = None) -> LowRank:
     """The best approximation of a table in the least-squares sense (Eckart and Young, 1936).
 
     Args:
         table: Shape (positions, channels).
-        leading: Rows that are kept as they are.
-        rank: Rank of what remains after the mean of the others.
+        leading: Rows that have no part in the mean of the others, which they share.
+        rank: Rank of what remains after the mean.
+        own: Rows that are kept as they are, at most ``leading``, which is the default.
     """
     leading = min(leading, len(table) - 1)
-    body = table[leading:].double()
-    mean = body.mean(0, keepdim=True)
-    u, s, v = torch.linalg.svd(body - mean, full_matrices=False)
-    rank = min(rank, len(s))
-    root = s[:rank].sqrt()
-    base = torch.cat([table[:leading].double(), mean])
-    return LowRank(base.float(), (u[:, :rank] * root).float(), (root[:, None] * v[:rank]).float())
+    own = leading if own is None else min(own, leading)
+    table = table.double()
+    mean = table[leading:].mean(0, keepdim=True)
+    left, right = _factors(table[own:] - mean, rank)
+    size = left.norm(dim=0) * right.norm(dim=1)
+    balance = torch.where(size > 0, size.sqrt() / left.norm(dim=0).clamp(min=1e-150), 1.0)
+    base = torch.cat([table[:own], mean])
+    return LowRank(base.float(), (left * balance).float(), (right / balance[:, None]).float())
 
 
-def low_rank(estimates: Estimates, leading: int, most: int) -> LowRank:
-    """Low-rank table whose rank is chosen by the error on the half of the samples that it was not fitted on.
+def _factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The leading terms of a matrix's singular value decomposition, shapes (rows, rank) and (rank, columns).
+
+    From the eigenvectors of the smaller Gram matrix, which take a fraction of the decomposition's time. Small singular
+    values are less exact that way, but the product is a projection of the matrix whatever they are.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    wide = matrix.T if tall else matrix
+    rank = min(rank, len(wide))
+    if rank == 0:
+        return matrix.new_zeros(len(matrix), 0), matrix.new_zeros(0, matrix.shape[1])
+    vectors = torch.linalg.eigh(wide @ wide.T)[1].flip(1)[:, :rank]
+    return (matrix @ vectors, vectors.T) if tall else (vectors, vectors.T @ matrix)
+
+
+def low_rank(estimates: Estimates, leading: int, values: float) -> LowRank:
+    """Low-rank table, chosen by the error on the half of the samples that it was not fitted on.
+
+    The leading positions have rows of their own, or are a part of the product: whichever errs less for its size.
 
     Args:
         estimates: Of one bias.
-        leading: Positions with a row of their own.
-        most: Highest rank that the budget allows.
+        leading: Positions whose means are unlike the others'.
+        values: How many values it may store besides the row that the positions share.
     """
-    leading = min(leading, len(estimates.whole) - 1)
-    errors = []
-    for fitted, other in ((estimates.first, estimates.second), (estimates.second, estimates.first)):
-        errors.append(_held_out(fitted[leading:].double(), other[leading:].double(), most))
-    count = min(map(len, errors))
-    total = torch.stack([e[:count] for e in errors]).sum(0)
-    return truncate(estimates.whole, leading, int(total.argmin()))
+    positions, channels = estimates.whole.shape
+    leading, values = min(leading, positions - 1), max(0, values)
+    best = (float("inf"), 0, 0)
+    for own in sorted({0, leading}, reverse=True):
+        most = int((values - own * channels) // (positions - own + channels))
+        if most < 0:
+            continue
+        halves = (estimates.first, estimates.second)
+        errors = [_held_out(a.double(), b.double(), leading, own, most) for a, b in (halves, halves[::-1])]
+        count = min(map(len, errors))
+        total = torch.stack([e[:count] for e in errors]).sum(0)
+        rank = int(total.argmin())
+        best = min(best, (float(total[rank]), own, rank), key=lambda found: found[0])
+    return truncate(estimates.whole, leading, best[2], best[1])
 
 
-def _held_out(fitted: Tensor, other: Tensor, most: int) -> Tensor:
+def _held_out(fitted: Tensor, other: Tensor, leading: int, own: int, most: int) -> Tensor:
     """Squared error of the truncations of rank 0 … ``most`` of one table against another, shape (ranks,).
 
-    ‖O − T_r‖² = ‖O − mean‖² − Σ_{i ≤ r} (2 s_i uᵢᵀ(O − mean)vᵢ − s_i²), for the singular vectors are orthonormal.
+    ‖O − T_r‖² = ‖O − mean‖² − Σ_{i ≤ r} (2 lᵢᵀ(O − mean)rᵢ − ‖lᵢ‖²‖rᵢ‖²), for the products lᵢrᵢᵀ are orthogonal.
     """
-    mean = fitted.mean(0, keepdim=True)
-    u, s, v = torch.linalg.svd(fitted - mean, full_matrices=False)
-    rest = other - mean
-    gains = 2 * s * ((u.T @ rest) * v).sum(1) - s.square()
-    steps = torch.cat([gains.new_zeros(1), gains[: min(most, len(s))].cumsum(0)])
-    return rest.square().sum() - steps
+    mean = fitted[leading:].mean(0, keepdim=True)
+    left, right = _factors(fitted[own:] - mean, most)
+    rest = other[own:] - mean
+    gains = 2 * ((left.T @ rest) * right).sum(1) - left.square().sum(0) * right.square().sum(1)
+    steps = torch.cat([gains.new_zeros(1), gains.cumsum(0)])
+    return (other[:own] - fitted[:own]).square().sum() + rest.square().sum() - steps
+
+
+class Allowance:
+    """Values that the biases of a model may store, dealt out to its sites in the order in which they are fitted.
+
+    A part of the model may take what is its by its weights and what the parts before it left. A site gets a share of
+    that by what a row costs there, so that all could have as many.
+
+    Attributes:
+        per_weight: Values for each weight.
+        left: Values that are left to the part under way.
+        costs: Of the sites that are still to come there.
+    """
+
+    def __init__(self, per_weight: float) -> None:
+        self.per_weight, self.left = per_weight, 0.0
+        self.costs: list[int] = []
+
+    def open(self, weights: int, costs: Sequence[int]) -> None:
+        """Go on to a part with so many weights, and sites where a row has so many values."""
+        self.left += self.per_weight * weights
+        self.costs = list(costs)
+
+    def share(self) -> float:
+        """Values for the next site; what is left where none was expected."""
+        total = sum(self.costs)
+        if not total:
+            return max(0.0, self.left)
+        return max(0.0, self.left) * self.costs.pop(0) / total
+
+    def take(self, values: int) -> None:
+        """Note what the site took."""
+        self.left -= values

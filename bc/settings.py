@@ -128,7 +128,8 @@ class Compensation:
             class and distillation tokens instead.
         dtype: How the biases are stored.
         kinds: Sites that scope ``layer`` covers: ``conv``, ``linear``, ``matmul``.
-        budget: Bits per weight that the product of ``lowrank``, or all biases under ``auto``, may take at most.
+        budget: Bits per weight that all biases may take at most under ``lowrank``, which chooses own rows and ranks
+            within it (:class:`bc.regularise.Allowance`), and under ``auto``.
         method: ``bias``; ``classic`` (the same from the norm's own statistics, without data, where a Linear follows a
             LayerNorm); ``affine`` (scale and shift of every output channel; folded into the weight, they cost nothing;
             with granularity ``sink`` leading positions have a bias of their own and do not count for the scale);

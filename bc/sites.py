@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 Kind = Literal["linear", "conv", "matmul"]
 UnitKind = Literal["stem", "block", "downsample", "tail"]
@@ -49,6 +49,12 @@ class Site:
     norm: nn.LayerNorm | None = None
 
     @property
+    def weight(self) -> Tensor | None:
+        """Its weight; a matmul has none."""
+        found: Tensor | None = getattr(self.module, "weight", None)
+        return found
+
+    @property
     def layout(self) -> str:
         """How its output becomes rows of channels; see :func:`bc.compensation.to_rows`."""
         return {"linear": "tokens", "conv": "image", "matmul": "heads"}[self.kind]
@@ -80,12 +86,6 @@ class Unit:
     def sites(self) -> tuple[Site, ...]:
         """All sites, in forward order."""
         return tuple(site for group in self.groups for site in group)
-
-    @property
-    def mean_weights(self) -> int:
-        """Mean number of weights of its sites that have any."""
-        sizes = [w.numel() for site in self.sites if (w := getattr(site.module, "weight", None)) is not None]
-        return sum(sizes) // max(1, len(sizes))
 
     def path(self, site: Site) -> str:
         """Path of a site inside the unit's module."""

@@ -139,6 +139,7 @@ def bc_label(bc: Compensation, domain: str = "text") -> str:
     text: str = bc.granularity if bc.method == "bias" else bc.method
     text += f"-{bc.granularity}" if bc.method != "bias" and bc.granularity != "channel" else ""
     text += str(bc.sink_positions) if bc.granularity in ("sink", *REGULARISED) and bc.sink_positions != 1 else ""
+    text += f"-{bc.budget:g}" if bc.granularity == "lowrank" and bc.budget != Compensation().budget else ""
     text += f"-{'+'.join(bc.scope)}-{bc.stream}"
     text += "" if bc.kinds == KINDS else f"-{'+'.join(bc.kinds)}"
     return text if bc.dtype == Compensation().dtype else f"{text}-{bc.dtype}"

@@ -81,3 +81,22 @@ def test_a_budget_is_kept_and_what_is_beyond_it_is_not_tried(case: Case) -> None
 def test_nothing_is_kept_where_nothing_helps(case: Case) -> None:
     winner, _ = chosen(case, 1e6, -1.0)
     assert not winner.enabled  # the first of those without values of their own
+
+
+@pytest.mark.parametrize("stream", ["float", "quantized"])
+@pytest.mark.parametrize("scope", [("layer",), ("layer", "block"), ("block",), ("layer", "model")])
+def test_low_rank_keeps_to_the_budget(case: Case, scope: tuple[str, ...], stream: str) -> None:
+    """All that it stores counts; what one site leaves is another's."""
+    model, samples, results = case
+    none = compensate(copy.deepcopy(model), results, Compensation(), None, ENGINE)
+
+    def bits(budget: float) -> float:
+        settings = Compensation(scope, "lowrank", stream, budget=budget)  # type: ignore[arg-type]
+        report = compensate(copy.deepcopy(model), results, settings, samples, ENGINE)
+        return report.bits_per_weight - none.bits_per_weight
+
+    # A shared row is the least that there is; only a Linear or convolution that has a bias need not store it.
+    least = bits(1e-9)
+    found = [bits(least + more) for more in (0.1, 0.5, 2.0)]
+    assert found == sorted(found)
+    assert all(extra <= least + more for extra, more in zip(found, (0.1, 0.5, 2.0), strict=True))

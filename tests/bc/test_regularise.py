@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from bc.compensation import BiasCompensation, attach, compensation_of
-from bc.regularise import Estimates, LowRank, low_rank, noise, shrink, truncate
+from bc.regularise import Allowance, Estimates, LowRank, low_rank, noise, shrink, truncate
 from bc.sinks import find_sinks
 from bc.statistics import PositionSums
 
@@ -107,8 +109,10 @@ def test_the_rank_is_found_by_the_other_half(rank: int) -> None:
     left, right = torch.randn(POSITIONS, rank, generator=generator), torch.randn(rank, CHANNELS, generator=generator)
     truth = torch.randn(1, CHANNELS, generator=generator) + left @ right
     estimates = draw(truth, 16, 0.7, generator).estimates()
-    assert low_rank(estimates, 0, CHANNELS).rank == rank
-    assert low_rank(estimates, 0, 1).rank == min(rank, 1)
+    each = POSITIONS + CHANNELS  # values of a product of rank 1
+    assert low_rank(estimates, 0, CHANNELS * each).rank == rank
+    assert low_rank(estimates, 0, 2 * each - 1).rank == min(rank, 1)
+    assert low_rank(estimates, 0, each - 1).rank == low_rank(estimates, 0, -5).rank == 0
 
     def brute(most: int) -> int:
         errors = []
@@ -118,7 +122,54 @@ def test_the_rank_is_found_by_the_other_half(rank: int) -> None:
             errors.append((ab + ba).item())
         return errors.index(min(errors))
 
-    assert low_rank(estimates, 0, 8).rank == brute(8)
+    assert low_rank(estimates, 0, 8 * each).rank == brute(8)
+
+
+@pytest.mark.parametrize("outlier", [0.0, 3.0, 40.0])
+@pytest.mark.parametrize("values", [10, CHANNELS, POSITIONS + CHANNELS, 3 * (POSITIONS + CHANNELS)])
+def test_leading_rows_stay_apart_only_where_that_is_the_better_buy(values: int, outlier: float) -> None:
+    generator = torch.Generator().manual_seed(6)
+    truth = torch.randn(POSITIONS, 2, generator=generator) @ torch.randn(2, CHANNELS, generator=generator)
+    truth[0] += outlier * torch.randn(CHANNELS, generator=generator)
+    estimates = draw(truth, 16, 0.7, generator).estimates()
+    errors = {}
+    for own in (0, 1):
+        for rank in range(4):
+            if own * CHANNELS + rank * (POSITIONS - own + CHANNELS) <= values:
+                ab = (truncate(estimates.first, 1, rank, own).table() - estimates.second).square().sum()
+                ba = (truncate(estimates.second, 1, rank, own).table() - estimates.first).square().sum()
+                errors[own, rank] = (ab + ba).item()
+    found = low_rank(estimates, 1, values)
+    assert (found.own, found.rank) == min(errors, key=lambda key: errors[key])
+    assert found.size <= values
+    torch.testing.assert_close(found.base[-1], estimates.whole[1:].mean(0))  # whatever the first row is
+
+
+def test_a_table_keeps_its_values_when_more_rows_are_set_apart() -> None:
+    table = torch.randn(POSITIONS, CHANNELS, generator=torch.Generator().manual_seed(7))
+    found = truncate(table, 2, 3, 0)
+    for own in (0, 1, 2):
+        torch.testing.assert_close(found.owning(own).table(), found.table())
+        assert found.owning(own).own == own
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_an_allowance_is_never_exceeded(seed: int) -> None:
+    draw = random.Random(seed)
+    allowance, given, taken = Allowance(0.01), 0.0, 0
+    for _ in range(5):
+        weights = draw.randrange(10, 10_000)
+        costs = [draw.randrange(1, 100) for _ in range(draw.randrange(0, 6))]
+        given += 0.01 * weights
+        allowance.open(weights, costs)
+        for i, cost in enumerate(costs):
+            share = allowance.share()
+            assert share == pytest.approx((given - taken) * cost / sum(costs[i:]))
+            values = int(share * draw.random())
+            allowance.take(values)
+            taken += values
+        assert taken <= given
+    assert allowance.share() == pytest.approx(given - taken)  # all that is left
 
 
 def test_a_low_rank_bias_adds_its_table_and_nothing_beyond_the_fitted_length() -> None:
@@ -133,6 +184,19 @@ def test_a_low_rank_bias_adds_its_table_and_nothing_beyond_the_fitted_length() -
     assert isinstance(child, BiasCompensation) and child.size == 2 * 4 + 8 * 2 + 2 * 4
     attach(module, truncate(table, 1, 3), "lowrank", dtype=torch.float32)  # the second is added to the first
     torch.testing.assert_close(module(x)[0, :9], found.table() + truncate(table, 1, 3).table(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("first", [(0, 0), (0, 2), (1, 0), (1, 2)])
+@pytest.mark.parametrize("second", [(0, 0), (0, 2), (1, 0), (1, 2)])
+def test_low_rank_biases_add_up_whatever_rows_they_set_apart(first: tuple[int, int], second: tuple[int, int]) -> None:
+    table = torch.randn(9, 4, generator=torch.Generator().manual_seed(8))
+    module = nn.Identity()
+    one, two = (truncate(table * scale, 1, rank, own) for scale, (own, rank) in ((1, first), (3, second)))
+    attach(module, one, "lowrank", dtype=torch.float32)
+    attach(module, two, "lowrank", dtype=torch.float32)
+    x = torch.zeros(2, 12, 4)
+    torch.testing.assert_close(module(x)[0, :9], one.table() + two.table(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(module(x)[0, 9:], (one.base[-1] + two.base[-1]).expand(3, -1))
 
 
 def test_rank_zero_is_a_channel_bias() -> None:
