@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch is loaded; see experiments/__init__.py
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import pytest
 import torch
