@@ -110,13 +110,17 @@ class Stream:
         if positions is None:
             positions = torch.arange(rows.shape[1], device=rows.device)[None]
         if key not in sums:
-            longest = max((int(c.positions.max()) for c in self.calls if c.positions is not None), default=-1) + 1
-            sums[key] = PositionSums(longest or rows.shape[1], rows.shape[2], rows.device, self.halves)
+            sums[key] = PositionSums(self.longest(rows), rows.shape[2], rows.device, self.halves)
         sums[key].add(rows, positions, self.call.valid)
 
     def rows(self, value: Tensor, layout: str = "tokens") -> Tensor:
         """A value of the batch under way as (batch, tokens, channels)."""
         return to_rows(value, layout, None if self.call.positions is None else self.call.positions.shape[1])
+
+    def longest(self, rows: Tensor) -> int:
+        """Most positions of a sample; of the rows, (batch, tokens, channels), where the stream numbers none."""
+        numbered = [int(c.positions.max()) + 1 for c in self.calls if c.positions is not None]
+        return max(numbered, default=rows.shape[1])
 
     def later_than(self, leading: int, rows: Tensor) -> Tensor | None:
         """Which rows of the batch under way, (batch, tokens, channels), are neither padding nor leading positions."""

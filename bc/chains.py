@@ -38,7 +38,8 @@ class Chain(ABC):
     @property
     def scopes(self) -> tuple[str, ...]:
         """Scopes that exist in this model."""
-        found = {"layer", "model"} | {scope for unit in self.units for scope in unit.regions}
+        found = {"layer"} | {scope for unit in self.units for scope in unit.regions}
+        found |= {"model"} if self.heads else set()
         found |= {"stage"} if any(unit.stage is not None for unit in self.units) else set()
         return tuple(scope for scope in SCOPES if scope in found)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bc.chains import is_vision
 from bc.compensation import BiasCompensation, attach
 from bc.errors import UserError
 from bc.linear_map import LinearMap
@@ -36,6 +37,7 @@ MODEL_FORMAT = "bias-compensation-model-1"
 MODEL_FILE = "quantized.safetensors"
 SECOND = "/second"  # after the names of sums of half the samples
 STATE = "state/"  # before the names of tensors that are stored as they are
+BUFFER = "buffer/"  # before those of buffers that a state dict leaves out, such as rotary frequencies
 
 
 def save_weights(path: Path, weights: dict[str, SiteResult], metadata: dict[str, str]) -> None:
@@ -124,6 +126,8 @@ def save_model(model: nn.Module, folder: Path, tokenizer: Any = None, provenance
         raise UserError("model: it is not quantized; call bc.quantize first")
     if any(isinstance(module, LinearMap) for module in model.modules()):
         raise UserError("checkpoint: linear maps (bc.method=linear) cannot be saved; choose another bc.method")
+    if is_vision(model):
+        raise UserError("checkpoint: a vision model's cannot be saved; give a language model")
     config: Any = model.config
     tensors: dict[str, Tensor] = {}
     sites = _store_all(weights, tensors)
@@ -131,10 +135,11 @@ def save_model(model: nn.Module, folder: Path, tokenizer: Any = None, provenance
     quantized = {f"{name}.weight" for name in weights}
     seen: set[int] = set()
     for name, value in model.state_dict().items():
-        if name in quantized or value.data_ptr() in seen:  # tied weights are stored once
+        if name in quantized or (value.numel() and value.data_ptr() in seen):  # tied weights are stored once
             continue
         seen.add(value.data_ptr())
         tensors[f"{STATE}{name}"] = value.cpu()
+    tensors |= {f"{BUFFER}{name}": value.cpu() for name, value in _unsaved(model).items()}
     header = {
         "format": MODEL_FORMAT,
         "sites": json.dumps(sites),
@@ -146,6 +151,9 @@ def save_model(model: nn.Module, folder: Path, tokenizer: Any = None, provenance
     }
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     write(folder / MODEL_FILE, tensors, header)
@@ -162,7 +170,7 @@ def open_model(folder: Path) -> nn.Module:
         UserError: The folder holds no such model.
         DamagedFileError: The file is truncated or altered.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     path = Path(folder).expanduser() / MODEL_FILE
     if not path.is_file():
@@ -171,6 +179,8 @@ def open_model(folder: Path) -> nn.Module:
     config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
     options: dict[str, Any] = {"dtype": getattr(torch, header["dtype"]), "attn_implementation": header["attention"]}
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+    if (path.parent / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path.parent)
     try:
         folded = json.loads(header.get("folded", "[]"))  # earlier files have none
         _fill(model, tensors, json.loads(header["sites"]), json.loads(header["compensation"]), folded)
@@ -205,8 +215,17 @@ def _fill(
     absent = [k for k in missing if k not in tied and ".compensation." not in k]
     if absent or unexpected:
         raise ValueError(f"missing {absent[:3]}, unexpected {unexpected[:3]}")
+    for name, buffer in _unsaved(model).items():
+        if f"{BUFFER}{name}" in tensors:  # a model that was cast has others than a new one
+            buffer.data = tensors[f"{BUFFER}{name}"]
     model.tie_weights()  # type: ignore[operator]
     model.__dict__["_quantized"] = results
+
+
+def _unsaved(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that are not in the state dict."""
+    kept = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name not in kept}
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:

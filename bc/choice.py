@@ -60,12 +60,14 @@ def candidates(settings: Compensation, *, vision: bool) -> list[Compensation]:
     for stream in streams:
         fed = replace(base, stream=stream)
         found += [fed, replace(fed, method="affine"), replace(fed, granularity="sink")]
-        found += [replace(fed, granularity="sink", method="affine")]
+        found += [replace(fed, granularity="sink", method="affine", sink_positions=max(1, fed.sink_positions))]
         found += [] if vision else [replace(fed, granularity="sink", sink_positions=0)]
         found += [replace(fed, granularity=name) for name in ("lowrank", "shrink", "positional")]
         found += [replace(fed, granularity=name, scope=wide) for name in ("sink", "shrink")]
-        if vision and stream == "quantized":  # a Linear there makes good what the matmul before it lacks
-            found += [replace(fed, granularity="lowrank", kinds=("conv", "linear"))]
+        weighted = tuple(kind for kind in fed.kinds if kind != "matmul")
+        if vision and stream == "quantized" and weighted and weighted != fed.kinds:
+            # A Linear there makes good what the matmul before it lacks, and the budget is its alone.
+            found += [replace(fed, granularity="lowrank", kinds=weighted)]
     return found
 
 

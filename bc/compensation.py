@@ -243,7 +243,9 @@ def attach(
         UserError: The module has a bias of another shape.
     """
     old = compensation_of(module)
-    if isinstance(bias, LowRank) and old is not None and old.granularity == granularity and not old.folded:
+    if old is not None and old.folded:
+        raise UserError("bc: a part of the site's bias is in the module's own already; detach it, or fit both together")
+    if old is not None and old.granularity == granularity:
         old, bias = _alike(old, bias)
     rows = bias.base if isinstance(bias, LowRank) else bias
     factors = (bias.left, bias.right) if isinstance(bias, LowRank) and bias.rank else None
@@ -262,8 +264,14 @@ def attach(
     return child
 
 
-def _alike(old: BiasCompensation, bias: LowRank) -> tuple[BiasCompensation, LowRank]:
-    """Two low-rank tables of a site with as many own rows."""
+def _alike(old: BiasCompensation, bias: Tensor | LowRank) -> tuple[BiasCompensation, Tensor | LowRank]:
+    """Two tables of a site with as many own rows."""
+    if old.granularity == "sink" and isinstance(bias, Tensor):
+        most = max(len(old.bias), len(bias))
+        rows, bias = (torch.cat([t, t[-1:].expand(most - len(t), -1)]) for t in (old.bias, bias))
+        return BiasCompensation(rows, old.granularity, old.context, old.bias.dtype, old.layout), bias
+    if not isinstance(bias, LowRank):
+        return old, bias
     empty = bias.left.new_zeros(len(bias.left) + bias.own - len(old.bias) + 1, 0), bias.right[:0]
     left, right = old.factors() or empty
     table = LowRank(*(part.to(bias.base) for part in (old.bias, left, right)))
@@ -317,7 +325,9 @@ def fold(module: nn.Module) -> bool:
     if child is None or child.folded or not isinstance(module, (nn.Linear, nn.Conv2d)):
         return False
     own = module.bias
-    if not child.shared and (child.granularity not in LED or own is None):
+    if own is None and (not child.shared or child.granularity == "lowrank"):
+        return False  # a bias that is made has the module's dtype, beyond what lowrank may have been allowed
+    if not child.shared and child.granularity not in LED:
         return False
     extra = child.bias[-1].to(module.weight.device, torch.float32)
     total = extra if own is None else own.detach().float() + extra

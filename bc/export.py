@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bc.compensation import BiasCompensation
 from bc.errors import UserError
 from bc.grid import QuantizedWeight, group_index
+from bc.linear_map import LinearMap
 from bc.models import family_of, submodule
 from bc.quantizers.base import SiteResult
 from bc.storage import share
@@ -66,6 +67,12 @@ def export_compressed_tensors(model: nn.Module, folder: Path, tokenizer: Any = N
 
 
 def _check_biases(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, LinearMap):
+            raise UserError(
+                f"export: the linear map at {name.removesuffix('.compensation')} has no place in the format; "
+                "quantize with bc=channel (which folds) or bc=off"
+            )
     left = {m.granularity: name for name, m in model.named_modules() if isinstance(m, BiasCompensation)}
     for granularity, name in left.items():
         raise UserError(

@@ -340,9 +340,9 @@ class Fit:
             late = attach(nn.Identity(), bias, self.settings.granularity, dtype=self.dtype)
             for b in range(len(stream)):
                 stream.cache[b] = late(stream.cache[b])
-        shared = compensation_of(unit.module) is not None  # the block's own, which accounts for it
+        before = compensation_of(unit.module)  # the block's own, which accounts for itself
         self.attach(name, unit.module, bias)
-        return _report(name, "stage", unit.module, shared=shared)
+        return _report(name, "stage", unit.module, counted=0 if before is None else before.size)
 
     def _difference(
         self, unit: Unit, module: nn.Module, goal: Stream, got: Stream, read: Callable[[Stream, int], Tensor]
@@ -372,7 +372,7 @@ class Fit:
         return reports
 
 
-def _report(name: str, scope: str, module: nn.Module, *, shared: bool = False) -> SiteReport:
+def _report(name: str, scope: str, module: nn.Module, *, counted: int = 0) -> SiteReport:
     child = compensation_of(module)
     assert child is not None
-    return SiteReport(name, scope, child.granularity, 0 if shared else child.size)
+    return SiteReport(name, scope, child.granularity, child.size - counted)

@@ -50,8 +50,9 @@ class Measure:
             exit_path = unit.regions[scope].exit
             shared = exit_path in layers and "layer" in self.settings.scope
             finish(report, find(unit.module, exit_path), shared=shared)
-        for path, report in layers.items():
-            finish(report, find(unit.module, path))
+        exits = set() if "layer" in self.settings.scope else {unit.regions[scope].exit for scope in scopes}
+        for path, report in layers.items():  # without scope layer the bias at a layer is a part's
+            finish(report, find(unit.module, path), shared=path in exits)
         return [*layers.values(), *parts.values()]
 
     def past(self, unit: Unit) -> None:

@@ -327,6 +327,13 @@ def compensate(
         raise UserError(
             "bc.stream: 'calibration' needs the sums that calibrate(…, collect=…) keeps; give them as means"
         )
+    if means is not None and any(result.inputs for result in quantized.values()):
+        means = None  # they say nothing about quantized inputs
+    if means is not None and settings.granularity in REGULARISED and any(s.second is None for s in means.values()):
+        raise UserError(
+            f"means: bc.granularity={settings.granularity} needs the sums of half the samples too; "
+            "collect them with halves=True"
+        )
     fit = Fit(chain, settings, engine.capture, quantized, means)
     fit.open_streams(samples, report_calibration, report_held_out)
     reports, storage = [], Storage()

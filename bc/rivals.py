@@ -59,6 +59,8 @@ class PairMoments:
     def add(self, stream: Stream, goal: Tensor, output: Tensor, layout: str) -> None:
         """Add a pair of outputs of the batch under way."""
         one, two = (stream.rows(value, layout) for value in (goal, output))
+        if self.rest is None:  # as many as leave others
+            self.leading = min(self.leading, stream.longest(one) - 1)
         late = stream.later_than(self.leading, one)
         if self.rest is None:
             self.rest = ChannelMoments(one.shape[-1], one.device)

@@ -168,7 +168,7 @@ class Compensation:
                 raise unknown(f"bc.{name}", getattr(self, name), allowed)
         if self.sink_positions < 0:
             raise UserError(f"bc.sink_positions: {self.sink_positions} is not allowed; use 1 or more, or 0 to find it")
-        if not self.budget > 0:
+        if not 0 < self.budget < float("inf"):
             raise UserError(f"bc.budget: {self.budget} is not allowed; use a positive number of bits per weight")
         if self.stream == "calibration" and self.enabled and (self.scope != ("layer",) or self.method != "bias"):
             raise UserError(

@@ -98,5 +98,4 @@ def test_low_rank_keeps_to_the_budget(case: Case, scope: tuple[str, ...], stream
     # A shared row is the least that there is; only a Linear or convolution that has a bias need not store it.
     least = bits(1e-9)
     found = [bits(least + more) for more in (0.1, 0.5, 2.0)]
-    assert found == sorted(found)
     assert all(extra <= least + more for extra, more in zip(found, (0.1, 0.5, 2.0), strict=True))

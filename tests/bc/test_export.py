@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import bc
 from bc.export import export_compressed_tensors
-from tests.conftest import MAKERS, tiny_model
+from tests.conftest import MAKERS, VOCABULARY, tiny_model
 
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed (extra 'export')")
 
@@ -39,6 +39,7 @@ def test_the_same_logits(name, quantizer, bits, preset, token_ids, tmp_path):
     [
         ("rtn", "w4", "sink", "sink bias"),
         ("rtn", "w4", "paper", "positional bias"),
+        ("rtn", "w2", "linear", "linear map"),
         ("awq", "w4g16", "off", "ScaledWeight"),
         ("billm", "w1", "off", "BinaryWeight"),
         ("sign", "w1", "off", "SignWeight"),
@@ -49,7 +50,8 @@ def test_what_would_lose_something_is_refused_with_what_can_be_done(
     quantizer, bits, preset, reason, token_ids, tmp_path
 ):
     model = tiny_model("llama")
-    bc.quantize(model, quantizer, bits, preset, calibration=token_ids)
+    samples = torch.randint(4, VOCABULARY, (64, 20), generator=torch.Generator().manual_seed(1))
+    bc.quantize(model, quantizer, bits, preset, calibration=samples if preset == "linear" else token_ids)
     with pytest.raises(bc.UserError, match=reason):
         export_compressed_tensors(model, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bc import quantizers
 from bc.affine import ChannelMoments, fold_affine
+from bc.compensation import BiasCompensation
 from bc.errors import UserError
 from bc.grid import Grid, quantize_weight
 from bc.linear_map import RIDGE, RidgeSums, explained, map_of
@@ -194,6 +195,20 @@ def test_language_models_take_every_option(name: str, bc: str, stream: str) -> N
     if stream == "float" and settings.method != "affine":  # an affine site's error before is not kept
         for site in report.sites:
             assert site.calibration.square_after <= site.calibration.square_before * (1 + 1e-4), site.site
+
+
+@pytest.mark.parametrize("name", ["opt", "llama"])
+@pytest.mark.parametrize(("ids", "sinks"), [(IDS[:, :1], 1), (IDS, 99), (IDS[:1, :3], 3)])
+def test_affine_outputs_where_no_position_is_behind_the_sinks(name: str, ids: Tensor, sinks: int) -> None:
+    """As many sinks as leave a position for the scale."""
+    model = tiny_model(name)
+    results = calibrate(model, quantizers.create("rtn", Bits.parse("w3")), None, ENGINE)
+    settings = Compensation(("layer",), "sink", sink_positions=sinks, method="affine")
+    compensate(model, results, settings, ids, ENGINE)
+    tables = [m.table() for m in model.modules() if isinstance(m, BiasCompensation)]
+    assert all(len(table) == ids.shape[1] for table in tables)
+    assert bool(tables) == (ids.shape[1] > 1)
+    assert model(ids).logits.isfinite().all()
 
 
 def test_methods_refuse_what_they_cannot_do() -> None:

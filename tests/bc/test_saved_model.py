@@ -12,6 +12,7 @@ from bc.checkpoint import MODEL_FILE, MODEL_FORMAT, DamagedFileError
 from bc.compensation import BiasCompensation
 from bc.settings import Compensation
 from bc.storage import read
+from tests.bc.vision.conftest import make
 from tests.conftest import MAKERS, tiny_model
 
 SETTINGS = [
@@ -22,6 +23,10 @@ SETTINGS = [
     ("awq", "w4g16", "positional"),
     ("billm", "w1", "sink"),
     ("sign", "w1", "channel"),
+    ("rtn", "w3", "lowrank"),
+    ("rtn", "w3", "shrink"),
+    ("gptq", "w3", Compensation(("layer",), "sink", method="affine")),
+    ("rtn", "w2", Compensation(("layer", "mlp", "block"), "lowrank", "quantized", budget=8.0)),
     ("rtn", "w5", Compensation(("layer", "attention", "mlp", "block", "model"), "sink", "quantized")),
 ]
 
@@ -40,6 +45,25 @@ def test_outputs_are_equal_bit_by_bit(name, quantizer, bits, preset, token_ids, 
         BiasCompensation
     )
     assert path.parent.joinpath("config.json").is_file()
+
+
+def test_a_model_that_was_cast_comes_back_with_its_buffers(token_ids, tmp_path):
+    """Rotary frequencies are in no state dict, and a new model has others than one that was cast."""
+    model = tiny_model("llama").to(torch.bfloat16)
+    bc.quantize(model, "rtn", "w4", "channel", calibration=token_ids)
+    bc.save(model, tmp_path)
+    again = bc.open(tmp_path)
+    assert torch.equal(again(input_ids=token_ids).logits, model(input_ids=token_ids).logits)
+    assert {n: b.dtype for n, b in again.named_buffers()} == {n: b.dtype for n, b in model.named_buffers()}
+
+
+def test_how_a_model_generates_is_saved(token_ids, tmp_path):
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = [2, 5], 7
+    bc.quantize(model, "rtn", "w4", "off", calibration=token_ids)
+    bc.save(model, tmp_path)
+    found = bc.open(tmp_path).generation_config
+    assert (found.eos_token_id, found.pad_token_id) == ([2, 5], 7)
 
 
 def test_a_saved_model_can_be_saved_again(token_ids, tmp_path):
@@ -74,6 +98,13 @@ def test_the_file_is_as_large_as_the_bits_per_weight_say(quantizer, bits, preset
 def test_a_float_model_is_refused(tmp_path):
     with pytest.raises(bc.UserError, match="not quantized"):
         bc.save(tiny_model("opt"), tmp_path)
+
+
+def test_a_vision_model_is_refused(tmp_path):
+    model, images = make("vit")
+    bc.quantize(model, "minmax", "w4a4", "off", calibration=images)
+    with pytest.raises(bc.UserError, match="a vision model's cannot be saved"):
+        bc.save(model, tmp_path)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
