@@ -48,6 +48,9 @@ class Fit:
         self.capture, self.results, self.means = capture, dict(results), means
         self.dtype = getattr(torch, settings.dtype)
         self.allowance = Allowance(settings.budget / torch.finfo(self.dtype).bits)
+        self.reserved = self._head_row()  # of the allowance: what the bias of the logits has to store
+        self.allowance.take(self.reserved)
+        self.behind = 0  # biases behind the sites of the unit under way
         self.float_fit: Stream | None = None
         self.quantized_fit: Stream | None = None
         self.stage_fit: Stream | None = None  # from the float input of a stage through its quantized units
@@ -55,6 +58,13 @@ class Fit:
         self.last = False  # no stream is needed behind the unit under way
         self.measure = Measure(chain, settings, set(results))
         self.seconds_measure = 0.0
+
+    def _head_row(self) -> int:
+        """Values of a row that all positions of the logits share, where nothing takes it in."""
+        if "model" not in self.settings.scope:
+            return 0
+        head: Any = self.chain.model.get_submodule(self.chain.heads[0])
+        return 0 if folds(head) else int(head.out_features)
 
     # Streams ----------------------------------------------------------------------------------------------------------
 
@@ -90,6 +100,7 @@ class Fit:
         """
         unit = self.chain.units[index]
         stage_opens, stage_ends = self._stage_edges(index)
+        self.behind = len([scope for scope in unit.regions if scope in self.settings.scope]) + stage_ends
         self.last = index + 1 == len(self.chain.units) and not {"model", "stage"} & set(self.settings.scope)
         if stage_opens and self.settings.stream == "float":
             assert self.float_fit is not None
@@ -97,7 +108,7 @@ class Fit:
         scopes = [scope for scope in unit.regions if scope in self.settings.scope]
         layers = "layer" in self.settings.scope
         if not layers:
-            self._deal(unit, scopes, {})
+            self._deal(unit, {})
         passed = layers and self._fit_layers(unit, source, scopes)
         if self.settings.method == "linear":
             if scopes:
@@ -196,7 +207,7 @@ class Fit:
         self.allowance.take(shared + found.size)
         return found
 
-    def _deal(self, unit: Unit, scopes: Sequence[str], sums: Sums) -> None:
+    def _deal(self, unit: Unit, sums: Sums) -> None:
         """Open the allowance of a unit for its sites, as they come, and for the parts behind them."""
         if self.settings.granularity != "lowrank":
             return
@@ -206,7 +217,7 @@ class Fit:
             for site in group:
                 channels = sums[site.name].total.shape[1] if site.weight is None else len(site.weight)
                 costs.append(channels if folds(site.module) else 2 * channels)
-        self.allowance.open(weights, costs + costs[-1:] * len(scopes) or [1] * len(scopes))
+        self.allowance.open(weights, costs + costs[-1:] * self.behind or [1] * self.behind)
 
     def sites(self, unit: Unit) -> list[tuple[Site, ...]]:
         """Groups of the sites of a unit that are to be compensated."""
@@ -217,7 +228,7 @@ class Fit:
     def _layers(self, unit: Unit, source: nn.Module, scopes: list[str]) -> None:
         """On the float stream: W E[x] − Ŵ E[q(x)], and for sites that are not Linears the mean difference."""
         sums = self.means if self.means is not None else self._float_sums(unit, source, scopes)
-        self._deal(unit, scopes, sums)
+        self._deal(unit, sums)
         for group in self.sites(unit):
             for site in group:
                 if site.kind != "linear":
@@ -277,7 +288,7 @@ class Fit:
             assert self.float_fit is not None
             firsts = {group[0]: find(source, unit.path(group[0])) for group in self.sites(unit)}
             self._float_pass(source, scopes, *adding_edges(self.float_fit, goals, firsts))
-        self._deal(unit, scopes, goals)
+        self._deal(unit, goals)
         for group in self.sites(unit):
             first, seen = group[0], Sums()
             edges = adding_edges(self.quantized_fit, seen, {first: first.module})
@@ -357,6 +368,7 @@ class Fit:
     def model_scope(self, device: torch.device) -> list[SiteReport]:
         """Bias of the logits: mean difference between the float and the compensated quantized model."""
         assert self.float_fit is not None and self.quantized_fit is not None
+        self.allowance.take(-self.reserved)
         with on_device(device, *self.chain.tail):
             head = self.chain.model.get_submodule(self.chain.heads[0])
             unit = self.chain.units[-1]
