@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bc.activations import quantizers_of
 from bc.calibration import Samples, Stream, on_device
 from bc.chains import Chain
 from bc.compensation import attach, compensation_of, fold, folds, linear_bias
 from bc.errors import QuantizationError, UserError
 from bc.measuring import Measure
 from bc.parts import Captured, find, run_captured, run_fed
-from bc.passes import Taker, adding, adding_difference, adding_edges, adding_quantized, advance, both
+from bc.passes import Taker, add_local, add_quantized, adding, adding_difference, adding_edges, advance
 from bc.quantizers.base import SiteResult
 from bc.regularise import Allowance, Estimates, LowRank, low_rank, shrink
 from bc.report import SiteReport
@@ -72,7 +71,7 @@ class Fit:
         """Capture the inputs of the first unit for whatever the settings need."""
         s = self.settings
         parts = any(scope not in ("layer", "model") for scope in s.scope) or s.method == "affine"
-        wants_quantized = s.enabled and (s.stream == "quantized" or "model" in s.scope)
+        wants_quantized = s.enabled and (s.follows or "model" in s.scope)
         closed = self.means is not None or s.method == "classic"
         wants_float = parts or "model" in s.scope or ("layer" in s.scope and not closed)
         if wants_float or wants_quantized:
@@ -133,7 +132,7 @@ class Fit:
         if self.settings.method == "classic":
             fit_classic(self, unit, source)
             return False
-        if self.settings.stream == "quantized":
+        if self.settings.follows:
             self._layers_on_quantized_stream(unit, source, scopes)
         else:
             self._layers(unit, source, scopes)
@@ -274,20 +273,23 @@ class Fit:
                     continue
                 if site is group[0]:
                     before[module] = adding(stream, sums, site.name)
-                if quantizers_of(site.module) is not None:
-                    take = adding_quantized(stream, sums, site)
-                    before[module] = both(before[module], take) if module in before else take
+                add_quantized(stream, sums, site, module, before)
         self._float_pass(source, scopes, before, after)
         return sums
 
     def _layers_on_quantized_stream(self, unit: Unit, source: nn.Module, scopes: list[str]) -> None:
         """Group by group, on what the quantized, already compensated model feeds the site."""
         assert self.quantized_fit is not None
+        blended, share = self.settings.stream == "blended", self.settings.blend
         goals: Sums = self.means if self.means is not None else {}
         if self.means is None:
             assert self.float_fit is not None
             firsts = {group[0]: find(source, unit.path(group[0])) for group in self.sites(unit)}
-            self._float_pass(source, scopes, *adding_edges(self.float_fit, goals, firsts))
+            before, after = adding_edges(self.float_fit, goals, firsts)
+            if blended:
+                sites = {site: find(source, unit.path(site)) for group in self.sites(unit) for site in group}
+                add_local(self.float_fit, goals, sites, before, after)
+            self._float_pass(source, scopes, before, after)
         self._deal(unit, goals)
         for group in self.sites(unit):
             first, seen = group[0], Sums()
@@ -295,11 +297,14 @@ class Fit:
             advance(self.quantized_fit, unit.module, *edges, whole=False)
             goal, got = goals[first.name], seen[first.name]
             if first.kind != "linear":
+                if blended:  # goals − blend = share · (goals − got) + (1 − share) · (goals − local)
+                    got = goals[f"{first.name} local"].blended(got, share)
                 bias = self._table(unit, first.module, [goal, got], lambda a, b: a - b, first.layout)
                 self.attach(first.name, first.module, bias, first.layout)
                 continue
             for site in group:
-                self._linear(unit, site, source, goal, got)
+                local = goals.get(f"{site.name} quantized", goal)
+                self._linear(unit, site, source, goal, local.blended(got, share) if blended else got)
 
     def _region(self, unit: Unit, scope: str, source: nn.Module, *, final: bool) -> bool:
         """Mean difference of a part's paired outputs; on the float stream the part is fed its float input.
@@ -334,13 +339,19 @@ class Fit:
         """Output of the quantized part on a batch, fed as the stream says."""
         assert self.float_fit is not None
         got = Captured(unit.module, region)
-        if self.settings.stream == "quantized":
+        share = {"float": 0.0, "quantized": 1.0}.get(self.settings.stream, self.settings.blend)
+        output: Tensor | None = None
+        if self.settings.follows:
             assert self.quantized_fit is not None
             run_captured(self.quantized_fit, unit.module, b, [got], whole=False)
-            return got.output
+            output = got.output
+        if output is not None and share == 1:
+            return output
         if region == WHOLE:  # its input is the stream's own
-            return self.float_fit.run(unit.module, b)
-        return run_fed(self.float_fit, unit.module, b, got, goal)
+            fed = self.float_fit.run(unit.module, b)
+        else:
+            fed = run_fed(self.float_fit, unit.module, b, Captured(unit.module, region), goal)
+        return fed if output is None else share * output + (1 - share) * fed
 
     def _stage(self, unit: Unit, stream: Stream) -> SiteReport:
         """Bias of a stage: mean difference of what leaves it; the streams are past its last unit."""

@@ -29,7 +29,7 @@ class Measure:
 
     def add(self, name: str, stream: Stream) -> None:
         """Measure on one more set of samples: ``calibration`` or ``held_out``."""
-        quantized = self.settings.stream == "quantized" and self.settings.enabled
+        quantized = self.settings.follows and self.settings.enabled
         self.streams[name] = (stream, stream.fork() if quantized else None)
 
     def unit(self, unit: Unit, source: nn.Module) -> list[SiteReport]:

@@ -204,11 +204,37 @@ def adding_difference(stream: Stream, sums: dict[str, PositionSums], site: Site)
     return take
 
 
-def adding_quantized(stream: Stream, sums: dict[str, PositionSums], site: Site) -> Taker:
-    """Function that adds what a quantized site makes of its input."""
+def add_quantized(
+    stream: Stream, sums: dict[str, PositionSums], site: Site, module: nn.Module, before: dict[nn.Module, Taker]
+) -> None:
+    """Take besides what a quantized site makes of a float module's input; nothing where it takes it as it is."""
     quantizers = quantizers_of(site.module)
-    assert quantizers is not None
-    return lambda args, output: stream.add(sums, f"{site.name} quantized", quantizers.quantized(args)[0])
+    if quantizers is None:
+        return
+
+    def take(args: tuple[Any, ...], output: Any) -> None:
+        stream.add(sums, f"{site.name} quantized", quantizers.quantized(args)[0])
+
+    before[module] = both(before[module], take) if module in before else take
+
+
+def add_local(
+    stream: Stream,
+    sums: dict[str, PositionSums],
+    sites: Mapping[Site, nn.Module],
+    before: dict[nn.Module, Taker],
+    after: dict[nn.Module, Taker],
+) -> None:
+    """Take besides what quantized sites make of the inputs of float modules: the input, or a site's own output."""
+
+    def adding_local(site: Site) -> Taker:
+        return lambda args, output: stream.add(sums, f"{site.name} local", site.module(*args), site.layout)
+
+    for site, module in sites.items():
+        if site.kind == "linear":
+            add_quantized(stream, sums, site, module, before)
+        else:
+            after[module] = both(after[module], adding_local(site))
 
 
 def adding_edges(

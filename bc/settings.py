@@ -19,7 +19,7 @@ AUTO = "auto"
 GRANULARITIES = ("channel", "sink", "positional", "shrink", "lowrank")
 REGULARISED = ("shrink", "lowrank")
 METHODS = ("bias", "affine", "linear", "classic")
-STREAMS = ("float", "quantized", "calibration")
+STREAMS = ("float", "quantized", "blended", "calibration")
 BIAS_DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -120,9 +120,10 @@ class Compensation:
         granularity: ``channel`` (one bias per output channel), ``sink`` (the first positions have one each, the rest
             share one), ``positional`` (one per position and channel, the paper's), ``shrink`` (positional, but drawn
             to the channel's by its estimated noise) or ``lowrank`` (channel plus a product of rank r).
-        stream: The inputs fed to the quantized site while fitting: ``float`` (the paper), ``quantized``, or, for scope
-            ``layer`` alone, ``calibration`` (those that the quantizer took its second moments from, which costs no
-            forward).
+        stream: The inputs fed to the quantized site while fitting: ``float`` (the paper), ``quantized``, ``blended``
+            (both: the error that the site makes itself is corrected wholly, and of what earlier errors add to it the
+            share ``blend``), or, for scope ``layer`` alone, ``calibration`` (those that the quantizer took its second
+            moments from, which costs no forward). Stages and logits know no blend, and take the quantized stream.
         sink_positions: Number of leading positions with a bias of their own at granularities ``sink``, ``shrink`` and
             ``lowrank``; 0 finds it on the calibration samples (:func:`bc.sinks.find_sinks`). A vision model has its
             class and distillation tokens instead.
@@ -130,6 +131,7 @@ class Compensation:
         kinds: Sites that scope ``layer`` covers: ``conv``, ``linear``, ``matmul``.
         budget: Bits per weight that all biases may take at most under ``lowrank``, which chooses own rows and ranks
             within it (:class:`bc.regularise.Allowance`), and under ``auto``.
+        blend: Share of the quantized stream under ``blended``, from 0 (the float stream) to 1 (the quantized one).
         method: ``bias``; ``classic`` (the same from the norm's own statistics, without data, where a Linear follows a
             LayerNorm); ``affine`` (scale and shift of every output channel; folded into the weight, they cost nothing;
             with granularity ``sink`` leading positions have a bias of their own and do not count for the scale);
@@ -138,12 +140,13 @@ class Compensation:
 
     scope: tuple[str, ...] = ()
     granularity: Literal["channel", "sink", "positional", "shrink", "lowrank"] = "channel"
-    stream: Literal["float", "quantized", "calibration"] = "float"
+    stream: Literal["float", "quantized", "blended", "calibration"] = "float"
     sink_positions: int = 1
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     kinds: tuple[str, ...] = KINDS
     budget: float = 0.5
     method: Literal["bias", "affine", "linear", "classic"] = "bias"
+    blend: float = 0.5
 
     def __post_init__(self) -> None:
         for field, names in (("scope", (*SCOPES, SEARCH, AUTO)), ("kinds", KINDS)):
@@ -170,6 +173,10 @@ class Compensation:
             raise UserError(f"bc.sink_positions: {self.sink_positions} is not allowed; use 1 or more, or 0 to find it")
         if not 0 < self.budget < float("inf"):
             raise UserError(f"bc.budget: {self.budget} is not allowed; use a positive number of bits per weight")
+        if not 0 <= self.blend <= 1:
+            raise UserError(f"bc.blend: {self.blend} is not allowed; use a share from 0 to 1")
+        if self.stream == "blended" and self.method != "bias":
+            raise UserError(f"bc.stream: 'blended' does not go with bc.method={self.method}; set bc.stream=float")
         if self.stream == "calibration" and self.enabled and (self.scope != ("layer",) or self.method != "bias"):
             raise UserError(
                 f"bc.stream: 'calibration' is for a bias of scope layer alone, not for {self.method} of "
@@ -201,6 +208,11 @@ class Compensation:
     def searched(self) -> bool:
         """Whether the settings are to be chosen on selection samples."""
         return SEARCH in self.scope or AUTO in self.scope
+
+    @property
+    def follows(self) -> bool:
+        """Whether biases are fitted on what the quantized model feeds the sites, wholly or in part."""
+        return self.stream in ("quantized", "blended")
 
     @property
     def enabled(self) -> bool:

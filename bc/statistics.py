@@ -66,6 +66,16 @@ class PositionSums:
         if self.second is not None and other.second is not None:
             self.second.merge(other.second)
 
+    def blended(self, other: PositionSums, share: float) -> PositionSums:
+        """(1 − share) · these sums + share · others, of the same samples."""
+        assert torch.equal(self.count, other.count.to(self.count.device)), "the samples differ"
+        found = PositionSums(self.total.shape[0], self.total.shape[1], self.total.device)
+        found.total = (1 - share) * self.total.double() + share * other.total.to(self.total.device).double()
+        found.count = self.count
+        if self.second is not None and other.second is not None:
+            found.second = self.second.blended(other.second, share)
+        return found
+
     def as_stored(self) -> PositionSums:
         """The sums on the CPU with the precision and the size that they have in a file."""
         self.total, self.count = self.total.cpu().float(), self.count.cpu()

@@ -87,6 +87,7 @@ def bc_part(bc: Compensation) -> dict[str, Any] | None:
         "kinds": bc.kinds == KINDS,
         "budget": bc.granularity != "lowrank" and default,
         "method": bc.method == "bias",
+        "blend": bc.stream != "blended",
     }
     for name in (name for name, left_out in usual.items() if left_out):
         del part[name]
@@ -141,6 +142,7 @@ def bc_label(bc: Compensation, domain: str = "text") -> str:
     text += str(bc.sink_positions) if bc.granularity in ("sink", *REGULARISED) and bc.sink_positions != 1 else ""
     text += f"-{bc.budget:g}" if bc.granularity == "lowrank" and bc.budget != Compensation().budget else ""
     text += f"-{'+'.join(bc.scope)}-{bc.stream}"
+    text += f"{bc.blend:g}" if bc.stream == "blended" and bc.blend != Compensation().blend else ""
     text += "" if bc.kinds == KINDS else f"-{'+'.join(bc.kinds)}"
     return text if bc.dtype == Compensation().dtype else f"{text}-{bc.dtype}"
 
