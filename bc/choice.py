@@ -22,7 +22,7 @@ from bc.chains import is_vision
 from bc.pipeline import Engine, compensate
 from bc.progress import track
 from bc.quantizers.base import SiteResult
-from bc.settings import AUTO, Compensation, presets
+from bc.settings import AUTO, Compensation, Stream, presets
 from bc.statistics import PositionSums
 
 TABLES = ("positional", "shrink")  # of the window's length: the only ones that a small budget rules out beforehand
@@ -56,12 +56,15 @@ def candidates(settings: Compensation, *, vision: bool) -> list[Compensation]:
     base = replace(settings, scope=("layer",), granularity="channel", stream="float")
     wide = presets(vision=vision)["paper"].scope
     found = [replace(settings, scope=(), granularity="channel", stream="float")]
-    streams: tuple[Literal["float", "quantized"], ...] = ("float", "quantized")
+    # Of the streams with earlier errors a language model does better on the blend, a vision model on the whole of them.
+    streams: tuple[Stream, ...] = ("float", "quantized" if vision else "blended")
     for stream in streams:
         fed = replace(base, stream=stream)
-        found += [fed, replace(fed, method="affine"), replace(fed, granularity="sink")]
-        found += [replace(fed, granularity="sink", method="affine", sink_positions=max(1, fed.sink_positions))]
-        found += [] if vision else [replace(fed, granularity="sink", sink_positions=0)]
+        sink = replace(fed, granularity="sink")
+        affine: tuple[Literal["affine"], ...] = () if stream == "blended" else ("affine",)
+        found += [fed, *(replace(fed, method=method) for method in affine), sink]
+        found += [replace(sink, method=method, sink_positions=max(1, sink.sink_positions)) for method in affine]
+        found += [] if vision else [replace(sink, sink_positions=0)]
         found += [replace(fed, granularity=name) for name in ("lowrank", "shrink", "positional")]
         found += [replace(fed, granularity=name, scope=wide) for name in ("sink", "shrink")]
         weighted = tuple(kind for kind in fed.kinds if kind != "matmul")

@@ -20,6 +20,7 @@ GRANULARITIES = ("channel", "sink", "positional", "shrink", "lowrank")
 REGULARISED = ("shrink", "lowrank")
 METHODS = ("bias", "affine", "linear", "classic")
 STREAMS = ("float", "quantized", "blended", "calibration")
+Stream = Literal["float", "quantized", "blended", "calibration"]
 BIAS_DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -140,7 +141,7 @@ class Compensation:
 
     scope: tuple[str, ...] = ()
     granularity: Literal["channel", "sink", "positional", "shrink", "lowrank"] = "channel"
-    stream: Literal["float", "quantized", "blended", "calibration"] = "float"
+    stream: Stream = "float"
     sink_positions: int = 1
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     kinds: tuple[str, ...] = KINDS
