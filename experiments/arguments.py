@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,11 +45,26 @@ def command(name: str, config: type[T], act: Callable[[T], str], arguments: Sequ
                 known = " ".join(f"{field}=…" for field in config.__annotations__)
                 raise UserError(f"{name}: {argument!r} is not key=value; write {known}")
             values[key] = text if config.__annotations__.get(key) == "str" else yaml.safe_load(text)
+        for field in fields(config):  # type: ignore[arg-type]
+            if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
+                raise UserError(f"{field.name}: is missing; write {field.name}=…")
         print(act(build_dataclass(config, values, name)))
     except (UserError, DamagedFileError, OmegaConfBaseException, yaml.YAMLError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def _told(overrides: Sequence[str]) -> list[str]:
+    """Overrides without those that say nothing about cells.
+
+    Raises:
+        UserError: One says where the results are, for which there is an option.
+    """
+    for text in overrides:
+        if text.startswith("results_dir="):
+            raise UserError(f"{text}: these commands take --results {text.partition('=')[2]}")
+    return [text for text in overrides if not text.startswith("cells_at_once=")]
 
 
 def reading_command(
@@ -78,6 +94,8 @@ def reading_command(
     logging.basicConfig(format="%(message)s")
     logging.getLogger("experiments").setLevel(logging.INFO)
     try:
+        if "overrides" in options:
+            options.overrides = _told(options.overrides)
         with one_line_disk_errors("--results"):
             for line in act(options):
                 print(line)

@@ -192,7 +192,7 @@ def quantize(
             report_calibration=_first(samples.fit, cell.report.calibration_samples),
             report_held_out=_first(samples.selection, cell.report.held_out_samples),
         )
-    spent = watch.seconds["compensate"] - report.seconds_measure
+    spent = watch.seconds["compensate"] - report.seconds_measure + watch.seconds.get("search", 0.0)
     spent += means.seconds if means and not seen else 0.0  # those that were seen come with the weights
     return report, facts | {"seconds_bc": spent if cell.bc.enabled else 0.0}
 

@@ -40,7 +40,7 @@ LEVEL = 0.95
 HEAD = (
     "Difference of {what} from {against}, sample by sample, mean over seeds; in brackets the 95 % interval "
     "(bootstrap over test samples and seeds). Bold: the interval leaves 0 out. Made by `python -m experiments.compare "
-    "{name}`; not to be edited."
+    "{name}{option}`; not to be edited."
 )
 
 
@@ -215,8 +215,9 @@ def markdown(name: str, title: str, rows: Sequence[Paired], against: str = "off"
     """The comparisons for people."""
     perplexity = rows[0].cell.metric == "perplexity"
     what = "cross-entropy in nats (lower is better)" if perplexity else "top-1 in percent (higher is better)"
+    option = "" if against == "off" else f" --against {against}"
     than = "no compensation" if against == "off" else f"`{against}`"
-    lines = [f"# {title}: paired", "", HEAD.format(what=what, name=name, against=than), ""]
+    lines = [f"# {title}: paired", "", HEAD.format(what=what, name=name, against=than, option=option), ""]
     further = varied(row.cell for row in rows)
     titles = ["model", "quantizer", "bits", "BC", *further, "added bits/weight", "data", "difference", "better in"]
     lines += [f"| {' | '.join([*titles, 'seeds'])} |"]

@@ -106,7 +106,12 @@ def job_config(config: DictConfig, job_overrides: Sequence[str]) -> RunConfig:
     if config.cell is None:
         with one_line_errors():
             return run_config(plain(config))
-    return compose_cell(config.experiment, int(config.cell), job_overrides)
+    count = len(expand(config.experiment.cells))
+    if not (isinstance(config.cell, int) and 0 <= config.cell < count):
+        raise UserError(
+            f"cell: {config.cell} is not allowed; use 0 to {count - 1}, the cells of {config.experiment.name}"
+        )
+    return compose_cell(config.experiment, config.cell, job_overrides)
 
 
 def compose_cell(experiment: DictConfig, number: int, user_overrides: Sequence[str]) -> RunConfig:
@@ -206,11 +211,16 @@ def _known(error: BaseException) -> UserError | None:
         return UserError(f"{key}: is missing; set {key}=…")
     if isinstance(error, (ConfigKeyError, ConfigAttributeError)):
         key = _full_key(text)
+        if key.startswith("quantizer."):  # each has its own
+            return UserError(
+                f"{key}: is not a setting of the chosen quantizer; its file in conf/quantizer has them all"
+            )
         allowed = settings_beside(key)
         return unknown("setting", key, allowed) if allowed else UserError(f"{key}: is not a setting")
     if found := re.search(r"Ambiguous value for argument '(\S+?)=(\S+)'", text):
         key, value = found.groups()
-        return UserError(f"{key}: {value} is several values; add -m for a sweep over them, or write {key}=[{value}]")
+        other = "" if options_of(key) else f", or write {key}=[{value}]"
+        return UserError(f"{key}: {value} is several values; add -m for a sweep over them{other}")
     if found := re.search(r"Error parsing override '([^']*)'", text):
         return UserError(f"override {found.group(1)!r} is not understood; write key=value")
     return None

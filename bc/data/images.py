@@ -249,15 +249,15 @@ def test_batches(
         if limit is None and len(collection) != IMAGENET_TEST:
             raise UserError(
                 f"data: the validation set has {len(collection)} images, not {IMAGENET_TEST}; complete it, or set "
-                "data.limit for a partial run"
+                "data.evaluation.limit for a partial run"
             )
         partial = limit is not None or start
         order = pictures.draw(len(collection), 0) if partial else np.arange(len(collection))
         kept = CropCache(cache_folder(), "imagenet-validation", collection, preprocessing) if cache else None
     if start + number > len(collection) or number < 1:
         raise UserError(
-            f"data.limit: images {start} to {start + number} were asked for, and {dataset} has {len(collection)}; "
-            "lower data.limit or data.offset"
+            f"data.evaluation.limit: images {start} to {start + number} asked for, {dataset} has {len(collection)}; "
+            "lower data.evaluation.limit or data.evaluation.offset"
         )
     indices = np.sort(order[start : start + number])
     if dataset == "embedded_fashion":

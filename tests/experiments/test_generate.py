@@ -45,7 +45,7 @@ def test_a_complete_cell_can_still_be_kept(workspace: Workspace) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["prompt=a"], "generate.checkpoint: is missing"),
+        (["prompt=a"], "checkpoint: is missing; write checkpoint="),
         (["checkpoint=/no/such", "prompt=a"], "no quantized.safetensors"),
         (["checkpoint=/no/such", "prompt="], "prompt: is empty"),
         (["checkpoint=/no/such", "prompt=a", "tokens=0"], "tokens: 0 is not allowed"),

@@ -198,7 +198,7 @@ def test_workers_give_the_same_in_the_same_order(hub_folder: Path) -> None:
 
 
 def test_without_a_limit_the_count_is_asserted(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"has 24 images, not 50000; complete it, or set data\.limit"):
+    with pytest.raises(UserError, match=r"has 24 images, not 50000; complete it, or set data\.evaluation\.limit"):
         batches("imagenet", SMALL, paths={"imagenet": folder})
     with pytest.raises(UserError, match=r"data\.limit.*has 24"):
         batches("imagenet", SMALL, limit=25, paths={"imagenet": folder})
