@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from bc import models, vision
 from bc.activation_cache import Store
 from bc.calibration import Samples, Stream, capture, capture_images, logits
+from bc.compensation import folds
 from bc.errors import UserError
 from bc.models import Family, submodule
 from bc.positions import PositionContext
@@ -158,6 +160,12 @@ def sites(model: nn.Module, family: Family) -> Iterator[tuple[str, nn.Linear]]:
     for site in LanguageChain(model, family).sites:
         assert isinstance(site.module, nn.Linear)
         yield site.name, site.module
+
+
+def head_row(chain: Chain) -> int:
+    """Values of a row that all positions of the logits share, where nothing takes it in."""
+    head: Any = chain.model.get_submodule(chain.heads[0])
+    return 0 if folds(head) else int(head.out_features)
 
 
 def check_scopes(chain: Chain, scopes: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bc.calibration import Samples, Stream, on_device
-from bc.chains import Chain
+from bc.chains import Chain, head_row
 from bc.compensation import attach, compensation_of, fold, folds, linear_bias
 from bc.errors import QuantizationError, UserError
 from bc.measuring import Measure
@@ -47,7 +47,8 @@ class Fit:
         self.capture, self.results, self.means = capture, dict(results), means
         self.dtype = getattr(torch, settings.dtype)
         self.allowance = Allowance(settings.budget / torch.finfo(self.dtype).bits)
-        self.reserved = self._head_row()  # of the allowance: what the bias of the logits has to store
+        # Of the allowance: what the bias of the logits has to store.
+        self.reserved = head_row(chain) if "model" in settings.scope else 0
         self.allowance.take(self.reserved)
         self.behind = 0  # biases behind the sites of the unit under way
         self.float_fit: Stream | None = None
@@ -57,13 +58,6 @@ class Fit:
         self.last = False  # no stream is needed behind the unit under way
         self.measure = Measure(chain, settings, set(results))
         self.seconds_measure = 0.0
-
-    def _head_row(self) -> int:
-        """Values of a row that all positions of the logits share, where nothing takes it in."""
-        if "model" not in self.settings.scope:
-            return 0
-        head: Any = self.chain.model.get_submodule(self.chain.heads[0])
-        return 0 if folds(head) else int(head.out_features)
 
     # Streams ----------------------------------------------------------------------------------------------------------
 
@@ -339,19 +333,18 @@ class Fit:
         """Output of the quantized part on a batch, fed as the stream says."""
         assert self.float_fit is not None
         got = Captured(unit.module, region)
-        share = {"float": 0.0, "quantized": 1.0}.get(self.settings.stream, self.settings.blend)
         output: Tensor | None = None
         if self.settings.follows:
             assert self.quantized_fit is not None
             run_captured(self.quantized_fit, unit.module, b, [got], whole=False)
             output = got.output
-        if output is not None and share == 1:
-            return output
+            if self.settings.stream == "quantized":
+                return output
         if region == WHOLE:  # its input is the stream's own
             fed = self.float_fit.run(unit.module, b)
         else:
             fed = run_fed(self.float_fit, unit.module, b, Captured(unit.module, region), goal)
-        return fed if output is None else share * output + (1 - share) * fed
+        return fed if output is None else torch.lerp(fed, output, self.settings.blend)
 
     def _stage(self, unit: Unit, stream: Stream) -> SiteReport:
         """Bias of a stage: mean difference of what leaves it; the streams are past its last unit."""

@@ -237,7 +237,7 @@ def test_batches(
         raise UserError(f"data.batch_size: {batch_size} is not positive; set it to 1 or more")
     for name, value, least in (("limit", limit, 1), ("offset", offset, 0)):
         if value is not None and value < least:
-            raise UserError(f"data.{name}: {value} is too small; set it to {least} or more")
+            raise UserError(f"data.evaluation.{name}: {value} is too small; set it to {least} or more")
     check(dataset, "test", paths)
     if dataset == "embedded_fashion":
         collection: Pictures = pictures.Fashion("test")

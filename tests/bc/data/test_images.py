@@ -200,7 +200,7 @@ def test_workers_give_the_same_in_the_same_order(hub_folder: Path) -> None:
 def test_without_a_limit_the_count_is_asserted(folder: Path) -> None:
     with pytest.raises(UserError, match=r"has 24 images, not 50000; complete it, or set data\.evaluation\.limit"):
         batches("imagenet", SMALL, paths={"imagenet": folder})
-    with pytest.raises(UserError, match=r"data\.limit.*has 24"):
+    with pytest.raises(UserError, match=r"data\.evaluation\.limit.*has 24"):
         batches("imagenet", SMALL, limit=25, paths={"imagenet": folder})
 
 
@@ -325,9 +325,9 @@ def test_names_and_numbers_are_checked(tmp_path: Path) -> None:
         training_images("embedded_fashion", 1, -1, GREY)
     with pytest.raises(UserError, match="5001 calibration images were asked for, and there are 5000"):
         training_images("embedded_fashion", 5001, 0, GREY)
-    with pytest.raises(UserError, match=r"data\.limit"):
+    with pytest.raises(UserError, match=r"data\.evaluation\.limit"):
         batches("embedded_fashion", GREY, limit=0)
-    with pytest.raises(UserError, match=r"data\.offset"):
+    with pytest.raises(UserError, match=r"data\.evaluation\.offset"):
         batches("embedded_fashion", GREY, offset=-1)
     with pytest.raises(UserError, match=r"data\.batch_size"):
         batches("embedded_fashion", GREY, 0)
