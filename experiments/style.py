@@ -51,18 +51,20 @@ SETTINGS: Any = {  # of matplotlib
 
 @dataclass(frozen=True)
 class Look:
-    """How a kind of Bias Compensation is drawn; markers of variants of a preset are hollow."""
+    """How a kind of Bias Compensation is drawn; markers of variants of a preset are hollow, or half."""
 
     colour: str
     marker: str
     line: str
     hatch: str
     hollow: bool = False
+    half: bool = False
 
     @property
     def points(self) -> dict[str, Any]:
         """Arguments of matplotlib for markers without a line."""
         fill = {"markerfacecolor": "white"} if self.hollow else {}
+        fill |= {"fillstyle": "left", "markerfacecoloralt": "white"} if self.half else {}
         return {"color": self.colour, "marker": self.marker, "linestyle": "none", **fill}
 
 
@@ -83,14 +85,19 @@ OTHERS = (Look("#AA4499", "h", "--", "/"), Look("#117733", "d", ":", "\\"), Look
 
 
 def looks(kinds: Sequence[str]) -> dict[str, Look]:
-    """The look of every kind: its own; its preset's, hollow, for a variant (``sink-layer-quantized``); or another."""
+    """The look of every kind: its own; its preset's, hollow, for a variant (``sink-layer-quantized``); or another.
+
+    On the blended stream a variant's marker is half filled.
+    """
     found, free = {}, list(OTHERS)
     for kind in kinds:
         base = kind.partition("-")[0]
         if kind in LOOKS:
             found[kind] = LOOKS[kind]
         elif base in LOOKS:
-            found[kind] = replace(LOOKS[base], line=":", hatch=LOOKS[base].hatch + "///", hollow=True)
+            half = "-blended" in kind
+            hatch = LOOKS[base].hatch + ("..." if half else "///")
+            found[kind] = replace(LOOKS[base], line=":", hatch=hatch, hollow=not half, half=half)
         else:
             found[kind] = free.pop(0) if len(free) > 1 else free[0]
     return found
