@@ -12,7 +12,6 @@ import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from torch import nn
 
@@ -61,9 +60,11 @@ def candidates(settings: Compensation, *, vision: bool) -> list[Compensation]:
     for stream in streams:
         fed = replace(base, stream=stream)
         sink = replace(fed, granularity="sink")
-        affine: tuple[Literal["affine"], ...] = () if stream == "blended" else ("affine",)
-        found += [fed, *(replace(fed, method=method) for method in affine), sink]
-        found += [replace(sink, method=method, sink_positions=max(1, sink.sink_positions)) for method in affine]
+        if stream == "blended":  # which affine outputs do not know
+            found += [fed, sink]
+        else:
+            found += [fed, replace(fed, method="affine"), sink]
+            found += [replace(sink, method="affine", sink_positions=max(1, sink.sink_positions))]
         found += [] if vision else [replace(sink, sink_positions=0)]
         found += [replace(fed, granularity=name) for name in ("lowrank", "shrink", "positional")]
         found += [replace(fed, granularity=name, scope=wide) for name in ("sink", "shrink")]

@@ -93,12 +93,12 @@ class Fit:
         """
         unit = self.chain.units[index]
         stage_opens, stage_ends = self._stage_edges(index)
-        self.behind = len([scope for scope in unit.regions if scope in self.settings.scope]) + stage_ends
         self.last = index + 1 == len(self.chain.units) and not {"model", "stage"} & set(self.settings.scope)
         if stage_opens and self.settings.stream == "float":
             assert self.float_fit is not None
             self.stage_fit = self.float_fit.fork()
         scopes = [scope for scope in unit.regions if scope in self.settings.scope]
+        self.behind = len(scopes) + stage_ends
         layers = "layer" in self.settings.scope
         if not layers:
             self._deal(unit, {})

@@ -61,10 +61,8 @@ class PairMoments:
         one, two = (stream.rows(value, layout) for value in (goal, output))
         if self.rest is None:  # as many as leave others
             self.leading = min(self.leading, stream.longest(one) - 1)
-        late = stream.later_than(self.leading, one)
-        if self.rest is None:
             self.rest = ChannelMoments(one.shape[-1], one.device)
-        self.rest.add(one, two, late)
+        self.rest.add(one, two, stream.later_than(self.leading, one))
         if self.leading:
             stream.add(self.sums, "goal", goal, layout)
             stream.add(self.sums, "output", output, layout)
