@@ -278,10 +278,10 @@ class Fit:
         goals: Sums = self.means if self.means is not None else {}
         if self.means is None:
             assert self.float_fit is not None
-            firsts = {group[0]: find(source, unit.path(group[0])) for group in self.sites(unit)}
+            sites = {site: find(source, unit.path(site)) for group in self.sites(unit) for site in group}
+            firsts = {group[0]: sites[group[0]] for group in self.sites(unit)}
             before, after = adding_edges(self.float_fit, goals, firsts)
             if blended:
-                sites = {site: find(source, unit.path(site)) for group in self.sites(unit) for site in group}
                 add_local(self.float_fit, goals, sites, before, after)
             self._float_pass(source, scopes, before, after)
         self._deal(unit, goals)
