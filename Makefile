@@ -90,6 +90,9 @@ ifeq ($(SUITE),embedded)
 reproduce-table1: data
 	$(RUN) -m experiments.run +experiment=table1_embedded $(LAUNCH) $(ARGS)
 	$(RUN) -m experiments.tables table1_embedded $(filter-out seed=%,$(ARGS))
+else ifneq ($(SUITE),paper)
+reproduce-table1:
+	@echo 'error: SUITE=$(SUITE) is not known; allowed: paper, embedded' >&2; exit 2
 else
 reproduce-table1: setup
 	@$(RUN) -m bc.data --imagenet '$(patsubst data.paths.imagenet=%,%,$(filter data.paths.imagenet=%,$(ARGS)))' \

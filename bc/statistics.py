@@ -123,14 +123,13 @@ class PositionSums:
         if granularity == "positional":
             rows = self.total.float() / self.count.clamp(min=1).float()[:, None]
             return rows if bool(self.count.all()) else torch.where(self.count[:, None] > 0, rows, self._overall())
-        overall = self._overall()
         if granularity == "channel" or len(self.count) == 1:
-            return overall
+            return self._overall()
         k = min(sink_positions, len(self.count) - 1)
         total = torch.cat([self.total[:k].double(), self.total[k:].sum(0, keepdim=True, dtype=torch.float64)])
         count = torch.cat([self.count[:k], self.count[k:].sum(0, keepdim=True)])
-        rows = (total / count.clamp(min=1)[:, None]).float()
-        return torch.where(count[:, None] > 0, rows, overall)
+        overall = total.sum(0, keepdim=True) / samples
+        return torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], overall).float()
 
     def _overall(self) -> Tensor:
         """Mean over all samples and positions, fp32, shape (1, channels)."""

@@ -178,7 +178,7 @@ def rows_of(name: str, overrides: Sequence[str], results: Path, against: str = "
     rows = [pair for pair in pairs if pair is not None]
     if not rows:
         raise UserError(
-            f"compare: no result files of {name} to hold against {against!r} below {results / 'cells'}; "
+            f"compare: no result files of {name} below {results / 'cells'} for {against!r} and another setting; "
             f"run python -m experiments.run +experiment={name}"
         )
     return rows

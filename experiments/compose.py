@@ -145,8 +145,23 @@ def load_experiment(name: str, user_overrides: Sequence[str] = ()) -> tuple[Dict
         return section, [compose_cell(section, i, point) for i in range(count) for point in points]
 
 
+def refuse_lists(overrides: Sequence[str]) -> None:
+    """Refuse a list of options of one group, which Hydra would merge so that the last wins.
+
+    Raises:
+        UserError: Naming the group.
+    """
+    for text in overrides:
+        if found := re.match(r"\+{0,2}(model|quantizer|bits|bc|data)=\[([^]]*)\]$", text):
+            group, options = found[1], found[2].replace(" ", "")
+            raise UserError(
+                f"{group}: [{options}] is a list, and a cell has one {group}; write {group}={options} with -m"
+            )
+
+
 def sweep_points(overrides: Sequence[str]) -> list[list[str]]:
     """The points of a sweep: ``seed=0,1`` is two, a single value is one."""
+    refuse_lists(overrides)
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     axes = [
         [f"{o.key_or_group}={value}" for value in o.sweep_string_iterator()] if o.is_sweep_override() else [text]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -31,8 +32,11 @@ def tidied(notebook: dict[str, Any]) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Tidy the notebooks that are named, or all; returns the exit status."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    for path in map(Path, given or sorted(map(str, (ROOT / "notebooks").glob("*.ipynb")))):
+    parser = argparse.ArgumentParser(prog="python -m experiments.notebooks", description="Tidy executed notebooks.")
+    parser.add_argument("notebook", nargs="*", type=Path, help="files (default: all in notebooks/)")
+    for path in parser.parse_args(arguments).notebook or sorted((ROOT / "notebooks").glob("*.ipynb")):
+        if not path.is_file():
+            parser.error(f"notebook: {path} is not a file; name an executed notebook, or none for all")
         notebook = tidied(json.loads(path.read_text("utf8")))
         write_text(path, json.dumps(notebook, ensure_ascii=False, indent=1) + "\n")
         print(path.name)

@@ -14,7 +14,7 @@ from hydra.core.plugins import Plugins
 from omegaconf import DictConfig
 
 from bc.errors import UserError
-from experiments.compose import CONFIG_MODULE, CONFIG_NAME, from_hydra, one_line
+from experiments.compose import CONFIG_MODULE, CONFIG_NAME, from_hydra, one_line, refuse_lists
 from experiments.disk import one_line_disk_errors
 from experiments.secrets import redact, refuse_secrets
 from experiments.sweep import State, exit_code, job
@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     register_launchers()
     try:
         refuse_secrets(sys.argv[1:])
+        refuse_lists(sys.argv[1:])
         with one_line_disk_errors():
             hydra_main()
     except Exception as error:

@@ -35,6 +35,7 @@ MISTAKES = [
     (["seed=-1"], "seed: -1 is not allowed", "0 or more"),
     (["seed=0,1"], "seed: 0,1 is several values", "-m"),
     (["bc=off,channel"], "bc: off,channel is several values; add -m for a sweep over them", "-m"),
+    (["bc=[off,channel]"], "bc: [off,channel] is a list", "write bc=off,channel with -m"),
     (["quantizer.serach=fast"], "quantizer.serach: is not a setting of the chosen quantizer", "conf/quantizer"),
     (["+experiment=table2_embedded", "cell=999"], "cell: 999 is not allowed", "0 to 84"),
     (["+experiment=table2_embedded", "cell=-1"], "cell: -1 is not allowed", "0 to 84"),
