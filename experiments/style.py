@@ -8,6 +8,7 @@ every figure.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -144,10 +145,16 @@ def scale_values(axes: Axes, values: Sequence[float], metric: str) -> None:
 
 def plain_numbers(axis: Axis) -> None:
     """Label a logarithmic axis with numbers, also between powers of ten where it is short."""
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import FuncFormatter
+
+    def label(value: float, _: int | None) -> str:
+        low, high = axis.get_view_interval()
+        decades = math.log10(high / low)
+        shown: Sequence[int] = (1,) if decades > 3 else (1, 2, 5) if decades > 0.6 else range(1, 10)
+        return f"{value:g}" if round(value / 10 ** math.floor(math.log10(value) + 1e-9)) in shown else ""
 
     for formatter in (axis.set_major_formatter, axis.set_minor_formatter):
-        formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.6)))
+        formatter(FuncFormatter(label))
 
 
 def legend(figure: Figure, axes: Sequence[Axes]) -> None:
