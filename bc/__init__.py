@@ -13,9 +13,12 @@ from bc.api import accuracies, accuracy, load, open, perplexity, quantize, save
 from bc.compensation import BiasCompensation
 from bc.errors import QuantizationError, UserError
 from bc.models import load_tokenizer
+from bc.settings import Bits, Compensation
 
 __all__ = [
     "BiasCompensation",
+    "Bits",
+    "Compensation",
     "QuantizationError",
     "UserError",
     "accuracies",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,14 @@ from bc import models, quantizers, vision
 from bc.calibration import Samples
 from bc.chains import chain_of, check_scopes, is_vision
 from bc.checkpoint import open_model, save_model
+from bc.choice import choose
 from bc.errors import UserError
 from bc.evaluation import Accuracy, evaluate_accuracies, evaluate_accuracy, evaluate_perplexity
-from bc.pipeline import Collection, Engine, calibrate, compensate
+from bc.pipeline import Collection, Engine, calibrate, compensate, float_means
 from bc.report import Report
-from bc.settings import Bits, Compensation
+from bc.settings import AUTO, Bits, Compensation
+
+Score = Callable[[nn.Module], float]
 
 
 def load(name: str, *, path: str | None = None, dtype: str = "float32") -> nn.Module:
@@ -45,6 +48,7 @@ def quantize(
     calibration: Samples | None = None,
     *,
     held_out: Samples | None = None,
+    score: Score | None = None,
     device: str = "auto",
     batch_size: int = 4,
     **options: Any,
@@ -55,18 +59,22 @@ def quantize(
         model: A float language or vision model on the CPU, of a known family (:func:`load`).
         quantizer: Name of a quantizer (:func:`bc.quantizers.available`).
         bits: ``w4``, ``w3g64``, ``w4a4``, … or :class:`~bc.settings.Bits`.
-        bc: A preset (``off``, ``channel``, ``sink``, ``positional``, ``paper``) or
-            :class:`~bc.settings.Compensation`.
+        bc: A preset (``off``, ``channel``, ``sink``, ``positional``, ``paper``, …; ``search`` and ``auto`` choose among
+            many) or :class:`~bc.settings.Compensation`.
         calibration: Token ids, int64, shape (samples, tokens), or a list (see :func:`bc.calibration.batches`); for a
             vision model images, shape (images, channels, height, width), as its evaluation transform gives them. Only
             a quantizer without data, not compensated, does without.
         held_out: Samples that are not used to fit, for the errors in the report.
+        score: What ``search`` and ``auto`` choose by: the quality of a compensated model, the higher the better, on
+            samples that are neither fitted nor tested on. By default minus the perplexity of ``held_out``; a vision
+            model needs one.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         batch_size: Samples per forward.
         options: The quantizer's own options.
 
     Returns:
-        Errors per site (on ``calibration`` and ``held_out``), bits per weight with biases counted, bias parameters.
+        Errors per site (on ``calibration`` and ``held_out``), bits per weight with biases counted, bias parameters, and
+        the settings (of those that were chosen among, the winner).
 
     Raises:
         UserError: A setting is unknown or out of range, samples are missing, or the model is quantized already.
@@ -75,23 +83,52 @@ def quantize(
     settings = Compensation.parse(bc, vision=is_vision(model))
     if is_vision(model):
         vision.wrap(model)
-    if settings.searched:
-        raise UserError("bc: search and auto need a score; call bc.choice.choose, or name the settings")
-    check_scopes(chain_of(model), settings.scope)
     engine = Engine(devices.resolve(device), batch_size)
     method = quantizers.create(quantizer, Bits.parse(bits), **options)
+    if not settings.searched:
+        check_scopes(chain_of(model), settings.scope)
+    elif calibration is None:
+        raise UserError(f"calibration: bc={'+'.join(settings.scope)} needs calibration samples; give some")
+    elif score is None:
+        score = _by_perplexity(model, held_out, engine)
     collect = Collection.wanted(settings, method)
     results = calibrate(model, method, calibration, engine, collect=collect)
+    means = collect.sums if collect else None
+    if settings.searched:
+        assert calibration is not None and score is not None
+        judge = score
+        if not is_vision(model):
+            means = float_means(model, calibration, engine, halves=AUTO in settings.scope)
+        settings, _ = choose(model, results, settings, calibration, engine, lambda twin: (judge(twin),), means)
     return compensate(
         model,
         results,
         settings,
         calibration,
         engine,
-        means=collect.sums if collect else None,
+        means=means,
         report_calibration=calibration,
         report_held_out=held_out,
     )
+
+
+def _by_perplexity(model: nn.Module, windows: Samples | None, engine: Engine) -> Score:
+    """Minus the perplexity of held-out windows.
+
+    Raises:
+        UserError: There are none, or the model has none.
+    """
+    if is_vision(model):
+        raise UserError(
+            "score: a choice among settings of a vision model needs one, a function of the compensated model that is "
+            "the higher the better; give for example score=lambda twin: bc.accuracy(twin, batches).top1"
+        )
+    if not isinstance(windows, Tensor):
+        raise UserError(
+            "held_out: a choice among settings needs windows of token ids that fit nothing, as one tensor; give some, "
+            "or a score"
+        )
+    return lambda twin: -evaluate_perplexity(twin, windows, engine)
 
 
 def perplexity(model: nn.Module, windows: Tensor, *, device: str = "auto", batch_size: int = 4) -> float:

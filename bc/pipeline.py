@@ -355,7 +355,7 @@ def compensate(
     for report in reports:
         report.notes |= quantized[report.site].notes if report.site in quantized else {}
     bits, added = storage.bits + _bias_bits(chain, quantized), sum(r.bias_parameters for r in reports)
-    return Report(reports, bits, storage.weights, added, fit.seconds_measure)
+    return Report(reports, bits, storage.weights, added, fit.seconds_measure, settings)
 
 
 def _twin(module: nn.Module) -> nn.Module:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bc.settings import Compensation
+
 
 @dataclass
 class ErrorSums:
@@ -102,6 +104,7 @@ class Report:
         weights: Number of weights in the quantized modules.
         bias_parameters: Number of bias values added to the model.
         seconds_measure: Time spent on measuring errors, which is no part of fitting.
+        settings: What it was compensated with; None for a float model.
     """
 
     sites: list[SiteReport]
@@ -109,6 +112,7 @@ class Report:
     weights: int
     bias_parameters: int
     seconds_measure: float = 0.0
+    settings: Compensation | None = None
 
     @property
     def bits_per_weight(self) -> float:

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import bc
 from bc.choice import Trial, candidates, choose
+from bc.errors import UserError
 from bc.pipeline import Engine, calibrate, compensate
 from bc.quantizers import create
 from bc.quantizers.base import SiteResult
@@ -99,3 +101,56 @@ def test_low_rank_keeps_to_the_budget(case: Case, scope: tuple[str, ...], stream
     least = bits(1e-9)
     found = [bits(least + more) for more in (0.1, 0.5, 2.0)]
     assert all(extra <= least + more for extra, more in zip(found, (0.1, 0.5, 2.0), strict=True))
+
+
+@pytest.fixture
+def judged(case: Case) -> tuple[nn.Module, Tensor, list[float], Any]:
+    """A float model, samples, and a score by a number of its own that keeps what it gave."""
+    model, samples, _ = case
+    goal, given = copy.deepcopy(model)(samples[-1:]), []
+
+    def score(twin: nn.Module) -> float:
+        given.append(-float((logits_of(twin(samples[-1:])) - logits_of(goal)).square().mean()))
+        return given[-1]
+
+    return model, samples, given, score
+
+
+def logits_of(output: Any) -> Tensor:
+    found: Tensor = getattr(output, "logits", output)
+    return found
+
+
+@torch.no_grad()
+def test_quantize_chooses_by_a_score(judged: tuple[nn.Module, Tensor, list[float], Any]) -> None:
+    """The model that comes back is the one that scored best within the budget; the report says which it is."""
+    model, samples, given, score = judged
+    quantizer, bits = ("minmax", "w4a4") if hasattr(model, "blocks") else ("rtn", "w3")
+    settings = Compensation(AUTO.scope, AUTO.granularity, budget=1e6)
+    report = bc.quantize(model, quantizer, bits, settings, samples[:4], score=score, device="cpu", batch_size=3)
+    assert len(given) > 10
+    assert report.settings is not None and not report.settings.searched
+    assert score(model) == pytest.approx(max(given[:-1]), rel=1e-4)
+
+
+def test_quantize_chooses_by_the_perplexity_of_held_out_windows() -> None:
+    model: Any = tiny_model("llama")
+    ids = torch.randint(4, VOCABULARY, (7, 12), generator=torch.Generator().manual_seed(5))
+    twins = {name: copy.deepcopy(model) for name in ("off", "channel", "sink", "positional")}
+    settings = Compensation(AUTO.scope, AUTO.granularity, budget=1e6)
+    bc.quantize(model, "rtn", "w3", settings, ids[:4], held_out=ids[4:], device="cpu")
+    for name, twin in twins.items():
+        bc.quantize(twin, "rtn", "w3", name, ids[:4], device="cpu")
+    least = min(bc.perplexity(twin, ids[4:], device="cpu") for twin in twins.values())
+    assert bc.perplexity(model, ids[4:], device="cpu") <= least * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("preset", ["auto", "search"])
+def test_a_choice_that_cannot_be_made_is_refused_first(case: Case, preset: str) -> None:
+    model, samples, _ = case
+    vision = hasattr(model, "blocks")
+    quantizer, bits, where = ("minmax", "w4a4", "score") if vision else ("rtn", "w3", "held_out")
+    with pytest.raises(UserError, match=rf"^{where}: "):
+        bc.quantize(model, quantizer, bits, preset, samples)
+    with pytest.raises(UserError, match=r"^calibration: "):
+        bc.quantize(model, quantizer, bits, preset, None, score=lambda twin: 0.0)
