@@ -16,27 +16,43 @@ from torch import Tensor, nn
 from bc.errors import UserError
 from bc.quantizers.base import SiteResult
 
+ROWS = 256  # at a time: what is made of them stays in the cache
+
 
 class ChannelMoments:
-    """Running first and second moments of pairs of outputs by channel, in fp64, weighted by tokens."""
+    """Running first and second moments of pairs of outputs by channel, weighted by tokens.
+
+    Products and sums of a batch are fp32, those of batches fp64. All are taken about the first batch's means, so that
+    what a large mean has in common with its square does not drown the variance.
+    """
 
     def __init__(self, channels: int, device: torch.device | None = None) -> None:
         self.sums = torch.zeros(4, channels, dtype=torch.float64, device=device)  # y, ŷ, y·ŷ, ŷ²
         self.count = 0
+        self.center: Tensor | None = None  # of y and ŷ, shape (2, channels)
 
     def add(self, goal: Tensor, output: Tensor, valid: Tensor | None = None) -> None:
         """Add a batch of rows, shape (batch, tokens, channels); ``valid``, (batch, tokens), leaves padding out."""
-        y, y_hat = (t.double()[valid] if valid is not None else t.double().flatten(0, -2) for t in (goal, output))
-        self.sums += torch.stack([y.sum(0), y_hat.sum(0), (y * y_hat).sum(0), y_hat.square().sum(0)])
-        self.count += len(y)
+        pair = [t.float()[valid] if valid is not None else t.float().flatten(0, -2) for t in (goal, output)]
+        if not len(pair[0]):
+            return
+        if self.center is None:
+            self.center = torch.stack([t.mean(0) for t in pair])
+        for y, y_hat in zip(*(t.split(ROWS) for t in pair), strict=True):
+            y, y_hat = y - self.center[0], y_hat - self.center[1]
+            ones = y.new_ones(len(y))
+            self.sums += torch.stack([ones @ y, ones @ y_hat, ones @ (y * y_hat), ones @ y_hat.square()])
+        self.count += len(pair[0])
 
     def solve(self) -> tuple[Tensor, Tensor]:
         """(a, b), fp32, shape (channels,); a = 1 where ŷ is constant."""
+        assert self.center is not None
         y, y_hat, product, square = self.sums / self.count
+        center = self.center.double()
         variance = square - y_hat.square()
-        known = variance > 1e-12 * square
+        known = variance > 1e-12 * (variance + (center[1] + y_hat).square())
         scale = torch.where(known, (product - y * y_hat) / torch.where(known, variance, 1.0), 1.0)
-        return scale.float(), (y - scale * y_hat).float()
+        return scale.float(), (center[0] + y - scale * (center[1] + y_hat)).float()
 
 
 def has_scales(result: SiteResult) -> bool:

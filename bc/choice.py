@@ -60,11 +60,8 @@ def candidates(settings: Compensation, *, vision: bool) -> list[Compensation]:
     for stream in streams:
         fed = replace(base, stream=stream)
         sink = replace(fed, granularity="sink")
-        if stream == "blended":  # which affine outputs do not know
-            found += [fed, sink]
-        else:
-            found += [fed, replace(fed, method="affine"), sink]
-            found += [replace(sink, method="affine", sink_positions=max(1, sink.sink_positions))]
+        found += [fed, replace(fed, method="affine"), sink]
+        found += [replace(sink, method="affine", sink_positions=max(1, sink.sink_positions))]
         found += [] if vision else [replace(sink, sink_positions=0)]
         found += [replace(fed, granularity=name) for name in ("lowrank", "shrink", "positional")]
         found += [replace(fed, granularity=name, scope=wide) for name in ("sink", "shrink")]

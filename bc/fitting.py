@@ -120,9 +120,11 @@ class Fit:
 
     def _fit_layers(self, unit: Unit, source: nn.Module, scopes: list[str]) -> bool:
         """Fit the unit's sites; says whether the float stream has been run through it."""
+        passed = False
         if self.settings.method == "affine":
-            fit_affine(self, unit, source)
-            return False
+            passed = fit_affine(self, unit, source)
+            if self.settings.stream != "blended":
+                return passed
         if self.settings.method == "classic":
             fit_classic(self, unit, source)
             return False
@@ -130,7 +132,7 @@ class Fit:
             self._layers_on_quantized_stream(unit, source, scopes)
         else:
             self._layers(unit, source, scopes)
-        return self.means is None
+        return passed or self.means is None
 
     def _past(self, unit: Unit, stage_ends: bool) -> list[SiteReport]:
         """Move the quantized streams past a unit, and compensate the stage that ends with it."""
@@ -214,7 +216,7 @@ class Fit:
 
     def sites(self, unit: Unit) -> list[tuple[Site, ...]]:
         """Groups of the sites of a unit that are to be compensated."""
-        kinds = self.settings.kinds
+        kinds = [k for k in self.settings.kinds if k != "matmul" or self.settings.method != "affine"]
         groups = [tuple(s for s in g if s.kind in kinds and s.name in self.results) for g in unit.groups]
         return [group for group in groups if group]
 

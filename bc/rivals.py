@@ -19,29 +19,42 @@ if TYPE_CHECKING:
     from bc.fitting import Fit
 
 
-def fit_affine(fit: Fit, unit: Unit, source: nn.Module) -> None:
+def fit_affine(fit: Fit, unit: Unit, source: nn.Module) -> bool:
     """Scale and shift of every Linear and convolution, in forward order.
 
     The scale folds into the quantized weight. The shift does too, into the bias, with granularity ``channel``; with
     ``sink`` it is the row that later positions share, and the leading positions, which do not count for the scale, have
-    rows of their own.
+    rows of their own. On the blended stream only the scale is fitted, on the float model's inputs: noise in the inputs
+    would draw it toward zero (regression dilution). The biases that the scaled sites need there come after.
+
+    Returns:
+        Whether the float stream has been moved past the unit, which is done where one pass serves all sites, unless the
+        unit's inputs are needed still.
     """
-    groups = fit.sites(unit)
-    if fit.settings.stream == "float":  # no site sees another's error: one pass serves them all
+    groups, stream = fit.sites(unit), fit.float_fit
+    assert stream is not None
+    if fit.settings.stream != "quantized":  # no site sees another's error
         groups = [tuple(site for group in groups for site in group)]
+    needed = fit.settings.stream == "quantized" or (fit.settings.stream == "blended" and fit.means is None)
+    moves = not needed and not fit.last
     for group in groups:
-        sites = [site for site in group if site.kind != "matmul"]
-        pairs = {site.name: PairMoments(fit.leading(unit, site.layout)) for site in sites}
-        assert fit.float_fit is not None
-        for b in range(len(fit.float_fit) if sites else 0):
-            for site, goal, output in _pairs(fit, unit, source, sites, b):
-                pairs[site.name].add(fit.float_fit, goal, output, site.layout)
-        for site in sites:
+        pairs = {site.name: PairMoments(fit.leading(unit, site.layout)) for site in group}
+        for b in range(len(stream) if group else 0):
+            outputs, result = _pairs(fit, unit, source, group, b, whole=moves)
+            for site, goal, output in outputs:
+                pairs[site.name].add(stream, goal, output, site.layout)
+            if result is not None:
+                stream.cache[b] = result
+        for site in group:
             scale, shift, rows = pairs[site.name].solve()
             folded = shift if rows is None else None
+            if fit.settings.stream == "blended":
+                own: Any = site.module.bias
+                folded, rows = None if own is None else (1 - scale.to(own)) * own, None  # it stays as it is
             fit.results[site.name] = fold_affine(site.module, fit.results[site.name], scale, folded)
             if rows is not None:
                 fit.attach(site.name, site.module, rows, site.layout)
+    return moves and bool(groups[0])
 
 
 class PairMoments:
@@ -77,18 +90,20 @@ class PairMoments:
         return scale, shift, torch.cat([goal - scale * output, shift[None]])
 
 
-def _pairs(fit: Fit, unit: Unit, source: nn.Module, sites: list[Site], b: int) -> list[tuple[Site, Tensor, Tensor]]:
-    """Float and quantized outputs of sites that share an input, for one batch."""
+def _pairs(
+    fit: Fit, unit: Unit, source: nn.Module, sites: tuple[Site, ...], b: int, *, whole: bool
+) -> tuple[list[tuple[Site, Tensor, Tensor]], Tensor | None]:
+    """Float and quantized outputs of sites that share an input, for one batch; the unit's float output if wanted."""
     assert fit.float_fit is not None
     regions = [Region(unit.path(site), unit.path(site)) for site in sites]
     goals = [Captured(source, region) for region in regions]
-    run_captured(fit.float_fit, source, b, goals, whole=False)
+    result = run_captured(fit.float_fit, source, b, goals, whole=whole)
     if fit.settings.stream == "quantized":
         assert fit.quantized_fit is not None
         got = [Captured(unit.module, region) for region in regions]
         run_captured(fit.quantized_fit, unit.module, b, got, whole=False)
-        return [(site, goal.output, part.output) for site, goal, part in zip(sites, goals, got, strict=True)]
-    return [(site, goal.output, site.module(*goal.args)) for site, goal in zip(sites, goals, strict=True)]
+        return [(site, goal.output, part.output) for site, goal, part in zip(sites, goals, got, strict=True)], result
+    return [(site, goal.output, site.module(*goal.args)) for site, goal in zip(sites, goals, strict=True)], result
 
 
 def fit_linear_map(fit: Fit, unit: Unit, source: nn.Module) -> None:

@@ -135,7 +135,8 @@ class Compensation:
         blend: Share of the quantized stream under ``blended``, from 0 (the float stream) to 1 (the quantized one).
         method: ``bias``; ``classic`` (the same from the norm's own statistics, without data, where a Linear follows a
             LayerNorm); ``affine`` (scale and shift of every output channel; folded into the weight, they cost nothing;
-            with granularity ``sink`` leading positions have a bias of their own and do not count for the scale);
+            with granularity ``sink`` leading positions have a bias of their own and do not count for the scale; on the
+            blended stream the scale is that of the float stream);
             ``linear`` (a linear map of a block's input, by ridge regression, where it predicts the block's error).
     """
 
@@ -176,7 +177,7 @@ class Compensation:
             raise UserError(f"bc.budget: {self.budget} is not allowed; use a positive number of bits per weight")
         if not 0 <= self.blend <= 1:
             raise UserError(f"bc.blend: {self.blend} is not allowed; use a share from 0 to 1")
-        if self.stream == "blended" and self.method != "bias":
+        if self.stream == "blended" and self.method not in ("bias", "affine"):
             raise UserError(f"bc.stream: 'blended' does not go with bc.method={self.method}; set bc.stream=float")
         if self.stream == "calibration" and self.enabled and (self.scope != ("layer",) or self.method != "bias"):
             raise UserError(
