@@ -25,6 +25,7 @@ from bc.settings import AUTO, Compensation, Stream, presets
 from bc.statistics import PositionSums
 
 TABLES = ("positional", "shrink")  # of the window's length: the only ones that a small budget rules out beforehand
+BLENDED = 3  # settings of a language model that are tried on the blended stream too
 SEARCHED = ("layer", "attention", "mlp", "block", "model")
 
 
@@ -55,8 +56,7 @@ def candidates(settings: Compensation, *, vision: bool) -> list[Compensation]:
     base = replace(settings, scope=("layer",), granularity="channel", stream="float")
     wide = presets(vision=vision)["paper"].scope
     found = [replace(settings, scope=(), granularity="channel", stream="float")]
-    # Of the streams with earlier errors a language model does better on the blend, a vision model on the whole of them.
-    streams: tuple[Stream, ...] = ("float", "quantized" if vision else "blended")
+    streams: tuple[Stream, ...] = ("float", "quantized") if vision else ("float",)
     for stream in streams:
         fed = replace(base, stream=stream)
         sink = replace(fed, granularity="sink")
@@ -70,6 +70,16 @@ def candidates(settings: Compensation, *, vision: bool) -> list[Compensation]:
             # A Linear there makes good what the matmul before it lacks, and the budget is its alone.
             found += [replace(fed, granularity="lowrank", kinds=weighted)]
     return found
+
+
+def blended(trials: list[Trial]) -> list[Compensation]:
+    """The best few of the settings that were tried, on the blended stream.
+
+    Of the streams with earlier errors a language model does better on the blend, a vision model on the whole of them.
+    Fits on the blend are dear, and which shape of bias is good hardly depends on the stream.
+    """
+    best = sorted((t for t in trials if t.settings.enabled), key=lambda trial: trial.score, reverse=True)
+    return [replace(trial.settings, stream="blended") for trial in best[:BLENDED]]
 
 
 def choose(
@@ -118,6 +128,9 @@ def choose(
         sizes = {shape: size(shape) for shape in dict.fromkeys(map(_shape, chosen)) if shape.granularity in TABLES}
         chosen = [c for c in chosen[1:] if sizes.get(_shape(c), 0.0) <= limit]
     trials += [tried(candidate) for candidate in track(chosen, "choice of a setting", unit="setting")]
+    if AUTO in settings.scope and not is_vision(model):
+        further = blended([t for t in trials if t.bits_per_weight <= limit])
+        trials += [tried(candidate) for candidate in track(further, "the best on the blended stream", unit="setting")]
     return max((t for t in trials if t.bits_per_weight <= limit), key=lambda trial: trial.score).settings, trials
 
 

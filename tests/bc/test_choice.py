@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import bc
-from bc.choice import Trial, candidates, choose
+from bc.choice import BLENDED, Trial, candidates, choose
 from bc.errors import UserError
 from bc.pipeline import Engine, calibrate, compensate
 from bc.quantizers import create
@@ -57,8 +57,11 @@ def chosen(case: Case, budget: float, best: float) -> tuple[Compensation, list[T
 def test_every_candidate_is_tried_where_all_are_allowed(case: Case) -> None:
     _, trials = chosen(case, 1e6, 0)
     wanted = candidates(Compensation(AUTO.scope, AUTO.granularity, budget=1e6), vision=hasattr(case[0], "blocks"))
-    assert [trial.settings for trial in trials] == wanted
+    assert [trial.settings for trial in trials[: len(wanted)]] == wanted
     assert not trials[0].settings.enabled
+    best = sorted(trials[1 : len(wanted)], key=lambda trial: trial.score, reverse=True)[:BLENDED]
+    further = [] if hasattr(case[0], "blocks") else [replace(trial.settings, stream="blended") for trial in best]
+    assert [trial.settings for trial in trials[len(wanted) :]] == further
 
 
 def test_a_budget_is_kept_and_what_is_beyond_it_is_not_tried(case: Case) -> None:
@@ -128,7 +131,7 @@ def test_quantize_chooses_by_a_score(judged: tuple[nn.Module, Tensor, list[float
     quantizer, bits = ("minmax", "w4a4") if hasattr(model, "blocks") else ("rtn", "w3")
     settings = Compensation(AUTO.scope, AUTO.granularity, budget=1e6)
     report = bc.quantize(model, quantizer, bits, settings, samples[:4], score=score, device="cpu", batch_size=3)
-    assert len(given) > 10
+    assert len(given) > 10 and any(given)
     assert report.settings is not None and not report.settings.searched
     assert score(model) == pytest.approx(max(given[:-1]), rel=1e-4)
 
