@@ -163,7 +163,8 @@ def quantize(
     quantizer = quantizers.create(cell.quantizer, cell.bits, **cell.options)
     say_short_groups(model, cell)
     means, seen = None, settings.enabled and settings.stream == "calibration"
-    closed = settings.method == "bias" and ("layer" in settings.scope or settings.searched)
+    fed = settings.method == "bias" or settings.stream == "blended"  # affine outputs on the float stream need pairs
+    closed = fed and ("layer" in settings.scope or settings.searched)
     if cell.domain == "text" and closed and not seen:
         with watch.stage("statistics"):
             means = float_statistics(
