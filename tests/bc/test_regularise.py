@@ -217,6 +217,17 @@ def test_sinks_are_the_leading_outliers() -> None:
         assert find_sinks(sums) == expected
 
 
+@pytest.mark.parametrize("leading", [0, 1, 3])
+def test_sinks_are_found_behind_a_norm(leading: int) -> None:
+    """Where all vectors have one length, by what they have in common over samples."""
+    generator = torch.Generator().manual_seed(7)
+    rows = torch.randn(32, 40, 64, generator=generator)
+    rows[:, :leading] = torch.randn(leading, 64, generator=generator)
+    sums = PositionSums(40, 64)
+    sums.add(rows / rows.norm(dim=-1, keepdim=True), torch.arange(40)[None])
+    assert find_sinks(sums) == leading
+
+
 def test_estimates_are_linear_in_the_statistics() -> None:
     sums = draw(torch.randn(6, 3), 5, 1.0, torch.Generator().manual_seed(6))
     weight = torch.randn(4, 3)
