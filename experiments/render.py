@@ -6,6 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,8 +103,23 @@ def wide(lines: Sequence[Line]) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def varied(cells: Iterable[CellConfig]) -> dict[str, Callable[[CellConfig], str]]:
     """The further settings in which cells differ: name → value of a cell."""
-    with_bc = [cell for cell in cells if cell.bc.enabled and not cell.is_float]
-    return {name: value for name, value in VARIED.items() if len(set(map(value, with_bc))) > 1}
+    quantized = [cell for cell in cells if not cell.is_float]
+    with_bc = [cell for cell in quantized if cell.bc.enabled]
+    found = {name: value for name, value in VARIED.items() if len(set(map(value, with_bc))) > 1}
+    return found | {name: partial(_option, name) for name in _varied_options(quantized)}
+
+
+def _varied_options(cells: Iterable[CellConfig]) -> list[str]:
+    """Options in which cells of one quantizer differ."""
+    values: dict[tuple[str, str], set[str]] = {}
+    for cell in cells:
+        for name, value in cell.options.items():
+            values.setdefault((cell.quantizer, name), set()).add(str(value))
+    return list(dict.fromkeys(name for (_, name), seen in values.items() if len(seen) > 1))
+
+
+def _option(name: str, cell: CellConfig) -> str:
+    return "—" if cell.is_float else str(cell.options.get(name, "—"))
 
 
 def fit_samples(cell: CellConfig) -> int:
