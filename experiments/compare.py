@@ -2,8 +2,9 @@
 
 Every setting and the one that it is held against (no compensation by default) scored the same test samples, so the
 difference is taken sample by sample, averaged over seeds, and its 95 % interval is a bootstrap over the test samples
-and over the seeds. Needs the result files, which keep what every sample scored; the table that it writes,
-``tables/EXPERIMENT_paired`` (``…_paired_SETTING`` against another), is kept without them.
+and over the seeds. What every sample scored is read from the result files and, for cells that have none, from
+``scores/EXPERIMENT.csv``, where ``experiments.tables`` keeps it; so the table, ``tables/EXPERIMENT_paired``
+(``…_paired_SETTING`` against another), can be made again from what is under version control.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from experiments.config import CellConfig
 from experiments.identity import bc_name, cell_hash, digest, scientific, weights_hash, with_seed
 from experiments.records import write_text
 from experiments.render import varied
+from experiments.scores import kept_results, path_of
 from experiments.store import all_results
 from experiments.tables import distinct, own_results
 
@@ -159,10 +161,10 @@ def rows_of(name: str, overrides: Sequence[str], results: Path, against: str = "
     """All comparisons of an experiment with one of its settings.
 
     Raises:
-        UserError: No pair of result files is there.
+        UserError: No pair of results is there.
     """
     _, runs = load_experiment(name, overrides)
-    found = own_results(runs, all_results(results), name)
+    found = kept_results(results, name) | own_results(runs, all_results(results), name)
     bare = [run.cell for run in runs if not run.cell.bc.enabled and not run.cell.is_float]
     plain = {scored(cell): cell_hash(cell) for cell in bare if cell_hash(cell) in found}
     seeds = sorted({int(result["label"]["seed"]) for result in found.values()})
@@ -178,7 +180,8 @@ def rows_of(name: str, overrides: Sequence[str], results: Path, against: str = "
     rows = [pair for pair in pairs if pair is not None]
     if not rows:
         raise UserError(
-            f"compare: no result files of {name} below {results / 'cells'} for {against!r} and another setting; "
+            f"compare: no result files of {name} below {results / 'cells'}, and no scores in "
+            f"{path_of(results, name)}, for {against!r} and another setting; "
             f"run python -m experiments.run +experiment={name}"
         )
     return rows

@@ -1,7 +1,8 @@
 """Rebuild cells.csv and a table: ``python -m experiments.tables table2 [key=value …] [--results DIR] [--from wandb]``.
 
-What lies in result files goes into ``cells.csv``; the table is made from ``cells.csv`` alone, so it can be rebuilt
-where there are no result files, and rows without files stay.
+What lies in result files goes into ``cells.csv``, and what every test sample scored into ``scores/EXPERIMENT.csv``; the
+table is made from ``cells.csv`` alone, so it can be rebuilt where there are no result files, and rows without files
+stay.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from experiments.identity import cell_hash, slug, with_seed
 from experiments.published import Published, PublishedTable
 from experiments.records import FILE, Row, merge, read_rows, rows_of, write_rows
 from experiments.render import write_table
+from experiments.scores import path_of, write_scores
 from experiments.status import state_of
 from experiments.store import CellStore, all_results
 
@@ -99,12 +101,12 @@ def own_results(
     return {r["cell"]: r for r in results if r["cell"] in listed or r["provenance"]["experiment"] == experiment}
 
 
-def new_rows(runs: Sequence[RunConfig], results: Iterable[dict[str, Any]], experiment: str, suite: str) -> list[Row]:
-    """Rows for the results, at any seed, of an experiment's cells."""
+def new_results(runs: Sequence[RunConfig], results: Iterable[dict[str, Any]], experiment: str) -> list[dict[str, Any]]:
+    """Results, at any seed, of an experiment's cells."""
     found = own_results(runs, results, experiment)
     seeds = {int(result["label"]["seed"]) for result in found.values()}
     wanted = dict.fromkeys(h for cell in distinct(runs) for h in hashes(cell, seeds))
-    return [row for h in wanted if h in found for row in rows_of(found[h], experiment, suite)]
+    return [found[h] for h in wanted if h in found]
 
 
 def table_lines(
@@ -157,8 +159,10 @@ def rebuild(name: str, overrides: Sequence[str], results: Path, source: str = "f
         found = read_results(runs[0].logger)
     else:
         found = all_results(results)
-    rows = merge(read_rows(results / FILE), new_rows(runs, found, name, section.suite))
+    new = new_results(runs, found, name)
+    rows = merge(read_rows(results / FILE), [row for result in new for row in rows_of(result, name, section.suite)])
     write_rows(results / FILE, rows)
+    write_scores(path_of(results, name), new)
     published = PublishedTable(PUBLISHED / section.published if section.published else None)
     lines = table_lines(cells, rows, name, published, results)
     return [results / FILE, *write_table(results / "tables" / name, section.title or name, lines)]

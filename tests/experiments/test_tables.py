@@ -60,11 +60,11 @@ def test_cells_of_other_experiments_count_where_they_are_listed(demo: Workspace)
     """Those run for another experiment do at the seeds that this one lists, and at no other."""
     results = [json.loads((folder / "result.json").read_text()) for folder in demo.cells()]
     _, runs = load_experiment("demo", tiny(demo))
-    assert len(tables.new_rows(runs, results, "demo", "embedded")) == 15
+    assert len(tables.new_results(runs, results, "demo")) == 15
     for result in results:
         result["provenance"]["experiment"] = "other"
-    listed = tables.new_rows(runs, results, "demo", "embedded")
-    assert len(listed) == 8 and {row["seed"] for row in listed} == {"0"}
+    listed = tables.new_results(runs, results, "demo")
+    assert len(listed) == 8 and {result["label"]["seed"] for result in listed} == {0}
 
 
 def test_table_from_a_fresh_clone(demo: Workspace, tmp_path: Path) -> None:
