@@ -337,10 +337,11 @@ def label(cell: CellConfig) -> dict[str, Any]:
 
 
 def shape_of(bc: Compensation) -> dict[str, str]:
-    """Granularity, scope and stream as cells.csv has them; a rival method stands for its granularity."""
+    """Granularity, scope and stream as cells.csv has them; a rival method is named before a granularity of its own."""
     if not bc.enabled:
         return {"granularity": "", "scope": "", "stream": ""}
     name = bc.granularity if bc.method == "bias" else bc.method
+    name += f"-{bc.granularity}" if bc.method != "bias" and bc.granularity != "channel" else ""
     return {"granularity": name, "scope": "+".join(bc.scope), "stream": bc.stream}
 
 
