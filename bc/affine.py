@@ -84,8 +84,9 @@ def fold_affine(module: nn.Module, result: SiteResult, scale: Tensor, shift: Ten
             )
         factor = scale.to(weight.scale)[:, None]
         new: Any = copy.copy(weight)
-        rows = (len(factor), weight.scale.shape[1])
-        new = replace(new, scale=weight.scale * factor, zero_point=weight.zero_point.expand(rows).clone())
+        new = replace(new, scale=weight.scale * factor)
+        if hasattr(weight, "zero_point"):
+            new = replace(new, zero_point=weight.zero_point.expand(new.scale.shape).clone())
         result = replace(result, weight=new)
         own.weight.data = new.dequantize().to(own.weight).view_as(own.weight)
     else:

@@ -18,7 +18,8 @@ from bc.errors import UserError
 from bc.evaluation import Accuracy, evaluate_accuracies, evaluate_accuracy, evaluate_perplexity
 from bc.pipeline import Collection, Engine, calibrate, compensate, float_means
 from bc.report import Report
-from bc.settings import AUTO, Bits, Compensation
+from bc.samples import check_samples
+from bc.settings import Bits, Compensation
 
 Score = Callable[[nn.Module], float]
 
@@ -53,7 +54,7 @@ def quantize(
     batch_size: int = 4,
     **options: Any,
 ) -> Report:
-    """Quantize a model in place and compensate it.
+    """Quantize a model in place and compensate it; it is left in evaluation mode.
 
     Args:
         model: A float language or vision model on the CPU, of a known family (:func:`load`).
@@ -83,8 +84,12 @@ def quantize(
     settings = Compensation.parse(bc, vision=is_vision(model))
     if is_vision(model):
         vision.wrap(model)
+    model.eval()  # dropout would make noise of what is fitted
     engine = Engine(devices.resolve(device), batch_size)
     method = quantizers.create(quantizer, Bits.parse(bits), **options)
+    for where, samples in (("calibration", calibration), ("held_out", held_out)):
+        if samples is not None:
+            check_samples(model, samples, where)
     if not settings.searched:
         check_scopes(chain_of(model), settings.scope)
     elif calibration is None:
@@ -98,7 +103,7 @@ def quantize(
         assert calibration is not None and score is not None
         judge = score
         if not is_vision(model):
-            means = float_means(model, calibration, engine, halves=AUTO in settings.scope)
+            means = float_means(model, calibration, engine, halves=settings.wants_halves)
         settings, _ = choose(model, results, settings, calibration, engine, lambda twin: (judge(twin),), means)
     return compensate(
         model,
@@ -123,7 +128,7 @@ def _by_perplexity(model: nn.Module, windows: Samples | None, engine: Engine) ->
             "score: a choice among settings of a vision model needs one, a function of the compensated model that is "
             "the higher the better; give for example score=lambda twin: bc.accuracy(twin, batches).top1"
         )
-    if not isinstance(windows, Tensor):
+    if not isinstance(windows, Tensor) or windows.dim() != 2:
         raise UserError(
             "held_out: a choice among settings needs windows of token ids that fit nothing, as one tensor; give some, "
             "or a score"

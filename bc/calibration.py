@@ -65,6 +65,7 @@ class Call:
         positions: Positions of the tokens, shape (1 or batch, tokens); None in a vision model, where they are 0, 1, ….
         valid: bool, shape (batch, tokens), False at padding; None where there is none.
         keyword: Name under which the hidden states are passed; None where they come first.
+        size: Samples of the batch.
     """
 
     args: tuple[Any, ...] = ()
@@ -72,6 +73,7 @@ class Call:
     positions: Tensor | None = None
     valid: Tensor | None = None
     keyword: str | None = None
+    size: int = 1
 
 
 class Stream:
@@ -111,7 +113,7 @@ class Stream:
             positions = torch.arange(rows.shape[1], device=rows.device)[None]
         if key not in sums:
             sums[key] = PositionSums(self.longest(rows), rows.shape[2], rows.device, self.halves)
-        sums[key].add(rows, positions, self.call.valid)
+        sums[key].add(rows, positions, self.call.valid, len(rows) // self.call.size)
 
     def rows(self, value: Tensor, layout: str = "tokens") -> Tensor:
         """A value of the batch under way as (batch, tokens, channels)."""
@@ -229,7 +231,7 @@ def capture(
         positions, valid = context.positions, context.valid
         if positions is None:
             positions, valid = token_positions(hidden.shape[1], None, 0, None, hidden.device)
-        call = move_call(Call(args[1:], rest, positions, valid, keyword), device)
+        call = move_call(Call(args[1:], rest, positions, valid, keyword, len(hidden)), device)
         if calls and same(vars(calls[-1]), vars(call)):
             call = calls[-1]
         calls.append(call)
@@ -258,7 +260,13 @@ def move_call(call: Call, device: torch.device) -> Call:
 
 
 @torch.no_grad()
-def capture_images(samples: Samples, batch_size: int, device: torch.device, store: Store | str = "host") -> Stream:
+def capture_images(
+    samples: Samples,
+    batch_size: int,
+    device: torch.device,
+    store: Store | str = "host",
+    dtype: torch.dtype = torch.float32,
+) -> Stream:
     """A stream of images at the first unit of a vision model.
 
     Args:
@@ -266,6 +274,7 @@ def capture_images(samples: Samples, batch_size: int, device: torch.device, stor
         batch_size: Images per batch.
         device: Where the units will run.
         store: As for :func:`capture`.
+        dtype: Of the model.
 
     Raises:
         UserError: There are no images, or they have another shape.
@@ -276,9 +285,11 @@ def capture_images(samples: Samples, batch_size: int, device: torch.device, stor
     if not len(samples):
         raise UserError("calibration: there are no samples; give at least one")
     cache = ActivationCache(store, device)
+    calls = []
     for images in samples.split(batch_size):
-        cache.append(images)
-    return Stream([Call()] * len(cache), cache)
+        cache.append(images.to(dtype))
+        calls.append(Call(size=len(images)))
+    return Stream(calls, cache)
 
 
 @torch.no_grad()

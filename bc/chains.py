@@ -109,7 +109,7 @@ class VisionChain(Chain):
 
     def capture(self, samples: Samples, batch_size: int, device: torch.device, store: Store | str) -> Stream:
         """See :func:`bc.calibration.capture_images`."""
-        return capture_images(samples, batch_size, device, store)
+        return capture_images(samples, batch_size, device, store, next(self.model.parameters()).dtype)
 
     def logits(self, stream: Stream, index: int) -> Tensor:
         """What the last unit returned."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -24,15 +25,15 @@ from bc.progress import track
 HEADROOM = 0.6  # of the free device memory, for the weights of a model that is evaluated whole
 
 
-def check_window(model: nn.Module, window: int) -> None:
-    """Refuse a window that is longer than the model's positions.
+def check_window(model: nn.Module, window: int, where: str = "data") -> None:
+    """Refuse a window that is longer than the model's positions; ``where`` begins the message.
 
     Raises:
         UserError: Naming both lengths.
     """
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if longest is not None and window > longest:
-        raise UserError(f"data: a window of {window} tokens is longer than the model's {longest}; lower the window")
+        raise UserError(f"{where}: a window of {window} tokens is longer than the model's {longest}; lower the window")
 
 
 @torch.no_grad()
@@ -68,19 +69,35 @@ def window_losses(model: nn.Module, windows: Tensor, engine: Engine | None = Non
     engine = engine or Engine()
     if windows.dim() != 2 or len(windows) == 0 or windows.shape[1] < 2:
         raise UserError(f"data: windows of shape {tuple(windows.shape)} cannot be scored; give (windows, 2 or more)")
+    if windows.is_floating_point():
+        raise UserError(f"data: windows of {windows.dtype} cannot be scored; give token ids, int64")
     check_window(model, windows.shape[1])
     losses: list[float] = []
     parts = windows.split(engine.batch_size)
     if _fits(model, engine.device):
-        with on_device(engine.device, model):
+        with evaluating(model), on_device(engine.device, model):
             for ids in track(parts, "perplexity", total=len(parts), unit="batch"):
                 ids = ids.to(engine.device)
                 losses += _losses(model(input_ids=ids, use_cache=False).logits, ids)
     else:
-        losses = _streamed(model, windows, engine)
+        with evaluating(model):
+            losses = _streamed(model, windows, engine)
     if any(map(math.isnan, losses)):
         raise not_finite(model, (partial(model, input_ids=ids, use_cache=False) for ids in parts))
     return losses
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while: a model in training mode would drop activations out."""
+    training = [module for model in models for module in model.modules() if module.training]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _fits(model: nn.Module, device: torch.device) -> bool:
@@ -207,7 +224,7 @@ def evaluate_accuracies(
     device = (engine or Engine()).device
     tallies = {name: _Tally() for name in models}
     together = len(models) == 1 or _fits(nn.ModuleList(models.values()), device)
-    with on_device(device, *(models.values() if together else ())):
+    with evaluating(*models.values()), on_device(device, *(models.values() if together else ())):
         for images, labels in track(batches, "accuracy", total=total, unit="batch"):
             images, labels = images.to(device), labels.to(device)
             for name, model in models.items():

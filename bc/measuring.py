@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from bc.calibration import Stream
@@ -12,6 +14,8 @@ from bc.parts import Captured, find, run_captured, run_fed
 from bc.report import ErrorSums, SiteReport
 from bc.settings import Compensation
 from bc.sites import Region, Unit
+
+Plain = tuple[Tensor, "nn.Parameter | None"]  # a site's quantized weight and its bias
 
 
 class Measure:
@@ -26,6 +30,12 @@ class Measure:
     def __init__(self, chain: Chain, settings: Compensation, quantized: set[str]) -> None:
         self.chain, self.settings, self.quantized = chain, settings, quantized
         self.streams: dict[str, tuple[Stream, Stream | None]] = {}
+        self.plain: dict[nn.Module, Plain] = {}
+
+    def affine(self, module: nn.Module) -> None:
+        """Note a site's quantized weight and its bias, as they are before a scale and a shift go into them."""
+        own: Any = module
+        self.plain[module] = (own.weight.data, own.bias)
 
     def add(self, name: str, stream: Stream) -> None:
         """Measure on one more set of samples: ``calibration`` or ``held_out``."""
@@ -52,7 +62,9 @@ class Measure:
             finish(report, find(unit.module, exit_path), shared=shared)
         exits = set() if "layer" in self.settings.scope else {unit.regions[scope].exit for scope in scopes}
         for path, report in layers.items():  # without scope layer the bias at a layer is a part's
-            finish(report, find(unit.module, path), shared=path in exits)
+            site = find(unit.module, path)
+            finish(report, site, shared=path in exits, plain=self.plain.get(site))
+        self.plain.clear()
         return [*layers.values(), *parts.values()]
 
     def past(self, unit: Unit) -> None:
@@ -91,8 +103,21 @@ class Measure:
                 output = site(*goal.args)
             layout = layouts.get(key, "tokens")
             added = None if (linear := map_of(site)) is None else linear.extra(got[key].args, got[key].kwargs)
-            self._add(getattr(report, name), stream, goal.output, output, site, layout, added)
+            change = None
+            if site in self.plain and key in layouts:
+                change = output - self._unscaled(site, (goal if fed is None else got[key]).args)
+            self._add(getattr(report, name), stream, goal.output, output, site, layout, added, change)
         return result
+
+    def _unscaled(self, site: Any, args: tuple[Any, ...]) -> Tensor:
+        """Output of an affine site, with its bias, on the quantized weight that was not scaled."""
+        kept = site.weight.data, site.bias
+        site.weight.data, site.bias = self.plain[site]
+        try:
+            output: Tensor = site(*args)
+        finally:
+            site.weight.data, site.bias = kept
+        return output
 
     @staticmethod
     def _add(
@@ -103,18 +128,26 @@ class Measure:
         site: nn.Module,
         layout: str,
         added: Tensor | None,
+        change: Tensor | None,
     ) -> None:
+        """Add errors; ``added`` is what a linear map added to the output, ``change`` what a scale and a shift did."""
         child = compensation_of(site)
         target = stream.rows(goal, layout)
         if added is not None:
             sums.add(target, stream.rows(output, layout), stream.rows(added, layout), stream.call.valid)
             return
         bias = None if child is None else child.bias if child.shared else child.rows(target.shape[1])
+        if change is not None:
+            bias = stream.rows(change, layout).float() + (0 if bias is None else bias.float())
         sums.add(target, stream.rows(output, layout), bias, stream.call.valid)
 
 
-def finish(report: SiteReport, module: nn.Module, *, shared: bool = False) -> None:
-    """Note a site's bias in its report, and fold it where it folds."""
+def finish(report: SiteReport, module: nn.Module, *, shared: bool = False, plain: Plain | None = None) -> None:
+    """Note a site's bias in its report, and fold it where it folds; ``plain`` is what an affine site was."""
+    own: Any = getattr(module, "bias", None)
+    if plain is not None:
+        report.granularity, report.folded = "affine", True
+        report.bias_parameters = own.numel() if plain[1] is None and own is not None else 0
     linear = map_of(module)
     if linear is not None:
         report.granularity, report.bias_parameters = "linear", linear.size
@@ -124,8 +157,8 @@ def finish(report: SiteReport, module: nn.Module, *, shared: bool = False) -> No
     report.granularity = child.granularity
     if shared:
         return
-    bare, channels = getattr(module, "bias", None) is None, child.bias.shape[1]
+    channels = child.bias.shape[1]
     folded = fold(module)
     left = compensation_of(module)
     report.folded = left is None
-    report.bias_parameters = (0 if left is None else left.size) + (channels if folded and bare else 0)
+    report.bias_parameters += (0 if left is None else left.size) + (channels if folded and own is None else 0)

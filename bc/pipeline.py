@@ -56,6 +56,8 @@ class Engine:
     store: Store = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.batch_size, int) or self.batch_size < 1:
+            raise UserError(f"batch_size: {self.batch_size!r} is not allowed; use 1 or more samples")
         budget = None if self.memory_mib is None else self.memory_mib * 2**20
         object.__setattr__(self, "store", Store(self.activations, self.activations_dtype, budget))
 
@@ -114,11 +116,11 @@ class Collection:
         The float inputs are, where they alone are needed: a larger scope runs the float blocks anyway.
 
         Raises:
-            UserError: The settings need sums that the quantizer has not.
+            UserError: The settings need what the quantizer has not.
         """
         halves = settings.granularity in REGULARISED
+        check_goes_with(settings, quantizer)
         if settings.stream == "calibration" and settings.enabled:
-            require_second_moments(quantizer)
             return cls(halves, "calibration")
         if settings.scope == ("layer",) and settings.method == "bias" and _sees_all(quantizer):
             return cls(halves)
@@ -128,6 +130,20 @@ class Collection:
 def _sees_all(quantizer: Quantizer) -> bool:
     """Whether a quantizer takes the second moments of all samples, so that float inputs can be summed as it passes."""
     return quantizer.needs_hessian and not quantizer.tokens
+
+
+def check_goes_with(settings: Compensation, quantizer: Quantizer | type[Quantizer]) -> None:
+    """Refuse settings that a quantizer's weights or statistics do not serve.
+
+    Raises:
+        UserError: Naming the setting, and what serves it.
+    """
+    if settings.stream == "calibration" and settings.enabled:
+        require_second_moments(quantizer)
+    if settings.method == "affine" and settings.enabled and not quantizer.scales:
+        raise UserError(
+            f"bc.method: affine needs weights with scales by row, which {quantizer.name!r} has not; set bc.method=bias"
+        )
 
 
 def require_second_moments(quantizer: Quantizer | type[Quantizer]) -> None:

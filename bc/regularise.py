@@ -34,12 +34,13 @@ class Estimates:
 def noise(estimates: Estimates, leading: int) -> Tensor:
     """Variance of a single sample's value by channel, from the halves' difference; fp64, shape (channels,).
 
-    Var(A − B) = v (1/n_A + 1/n_B), averaged over the positions from ``leading`` on that both halves have seen.
+    Var(A − B) = v (1/n_A + 1/n_B), averaged over the positions from ``leading`` on that both halves have seen; infinite
+    where there is none, for nothing is known of it then.
     """
     both = (estimates.counts[1:] > 0).all(0)
     both[:leading] = False
     if not bool(both.any()):
-        return torch.zeros(estimates.whole.shape[1], dtype=torch.float64, device=estimates.whole.device)
+        return estimates.whole.new_full(estimates.whole.shape[1:], torch.inf, dtype=torch.float64)
     spread = (1 / estimates.counts[1, both] + 1 / estimates.counts[2, both])[:, None]
     difference = (estimates.first - estimates.second)[both].double()
     return (difference.square() / spread).mean(0)

@@ -13,7 +13,7 @@ from bc.compensation import linear_bias
 from bc.linear_map import RidgeSums, attach_map, explained
 from bc.parts import Captured, find, run_captured, run_fed
 from bc.sites import WHOLE, Region, Site, Unit
-from bc.statistics import PositionSums
+from bc.statistics import PositionSums, odd_samples
 
 if TYPE_CHECKING:
     from bc.fitting import Fit
@@ -51,6 +51,7 @@ def fit_affine(fit: Fit, unit: Unit, source: nn.Module) -> bool:
             if fit.settings.stream == "blended":
                 own: Any = site.module.bias
                 folded, rows = None if own is None else (1 - scale.to(own)) * own, None  # it stays as it is
+            fit.measure.affine(site.module)
             fit.results[site.name] = fold_affine(site.module, fit.results[site.name], scale, folded)
             if rows is not None:
                 fit.attach(site.name, site.module, rows, site.layout)
@@ -111,6 +112,7 @@ def fit_linear_map(fit: Fit, unit: Unit, source: nn.Module) -> None:
     stream = fit.float_fit
     assert stream is not None
     halves: list[RidgeSums] | None = None
+    seen = 0
     for b in range(len(stream)):
         goal, got = Captured(source, WHOLE), Captured(unit.module, WHOLE)
         run_captured(stream, source, b, [goal])
@@ -123,24 +125,25 @@ def fit_linear_map(fit: Fit, unit: Unit, source: nn.Module) -> None:
         error = stream.rows(goal.output.float() - output.float())
         x = stream.rows(inputs)
         halves = halves or [RidgeSums(x.shape[2], error.shape[2], x.device) for _ in range(2)]
-        for half, part in _halves(stream, x, error, b):
-            halves[half].add(*part)
+        for half, part in enumerate(_halves(stream, x, error, seen)):
+            if len(part[0]):
+                halves[half].add(*part)
+        seen += stream.call.size
     assert halves is not None
     one, two = halves
     if explained(one, two) > 0 and explained(two, one) > 0:
         attach_map(unit.module, one.plus(two).solve(), fit.dtype)
 
 
-def _halves(stream: Stream, x: Tensor, error: Tensor, b: int) -> list[tuple[int, tuple[Tensor, Tensor]]]:
-    """Rows of the first and the second half of a batch; single samples go to either in turn."""
-    middle = len(x) // 2 if len(x) > 1 else (b + 1) % 2
+def _halves(stream: Stream, x: Tensor, error: Tensor, seen: int) -> list[tuple[Tensor, Tensor]]:
+    """Rows of the even and of the odd samples of a batch, counted over batches."""
+    odd = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    odd[odd_samples(seen, len(x), len(x) // stream.call.size, x.device)] = True
     found = []
-    for half, part in enumerate((slice(0, middle), slice(middle, None))):
-        if len(x[part]) == 0:
-            continue
+    for part in (~odd, odd):
         valid = None if stream.call.valid is None else stream.call.valid[part]
         rows = [t[part][valid] if valid is not None else t[part].flatten(0, -2) for t in (x, error)]
-        found.append((half, (rows[0], rows[1])))
+        found.append((rows[0], rows[1]))
     return found
 
 

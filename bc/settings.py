@@ -101,6 +101,8 @@ class Bits:
         """Read ``w4``, ``w3g64``, ``w8a8``, ``w4a8g128`` or ``float``."""
         if isinstance(text, Bits):
             return text
+        if not isinstance(text, str):
+            raise UserError(f"bits: {text!r} is a {type(text).__name__}; write w4, w3g64, w8a8, … or give bc.Bits")
         if text == "float":
             return cls()
         match = re.fullmatch(r"w(\d+)(?:a(\d+))?(?:g(\d+))?", text)
@@ -171,7 +173,7 @@ class Compensation:
         ):
             if getattr(self, name) not in allowed:
                 raise unknown(f"bc.{name}", getattr(self, name), allowed)
-        if self.sink_positions < 0:
+        if not isinstance(self.sink_positions, int) or self.sink_positions < 0:
             raise UserError(f"bc.sink_positions: {self.sink_positions} is not allowed; use 1 or more, or 0 to find it")
         if not 0 < self.budget < float("inf"):
             raise UserError(f"bc.budget: {self.budget} is not allowed; use a positive number of bits per weight")
@@ -212,6 +214,11 @@ class Compensation:
         return SEARCH in self.scope or AUTO in self.scope
 
     @property
+    def wants_halves(self) -> bool:
+        """Whether sums of half the samples are needed besides: for the setting itself, or for some that are tried."""
+        return AUTO in self.scope or self.granularity in REGULARISED
+
+    @property
     def follows(self) -> bool:
         """Whether biases are fitted on what the quantized model feeds the sites, wholly or in part."""
         return self.stream in ("quantized", "blended")
@@ -226,6 +233,8 @@ class Compensation:
         """A preset by name (see :func:`presets`), or the settings themselves."""
         if isinstance(value, Compensation):
             return value
+        if not isinstance(value, str):
+            raise UserError(f"bc: {value!r} is a {type(value).__name__}; give a preset's name or bc.Compensation")
         known = presets(vision=vision)
         if value not in known:
             raise unknown("bc", value, known)

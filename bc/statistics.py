@@ -11,6 +11,18 @@ from bc.errors import UserError
 from bc.regularise import Estimates
 
 
+def odd_samples(before: int, rows: int, run: int = 1, device: torch.device | None = None) -> Tensor:
+    """Numbers of the rows of a batch that belong to every other sample: the second half of all samples.
+
+    Args:
+        before: Samples in earlier batches.
+        rows: Rows of the batch.
+        run: Rows of one sample.
+        device: Where the numbers are wanted.
+    """
+    return ((before + torch.arange(rows, device=device) // run) % 2).nonzero()[:, 0]
+
+
 class PositionSums:
     """Running sums of vectors by token position: mergeable, weighted by samples.
 
@@ -18,7 +30,7 @@ class PositionSums:
         positions: Number of positions (the window).
         channels: Length of a vector.
         device: Where to keep the sums.
-        halves: Keep the sums of the second half of every batch besides (single samples go to either in turn).
+        halves: Keep the sums of every other sample besides, counted over batches, whose size does not matter so.
 
     Attributes:
         total: Shape (positions, channels); fp64 while it grows, fp32 once it is stored.
@@ -30,23 +42,24 @@ class PositionSums:
         self.total = torch.zeros(positions, channels, dtype=torch.float64, device=device)
         self.count = torch.zeros(positions, dtype=torch.float64, device=device)
         self.second = PositionSums(positions, channels, device) if halves else None
-        self._turn = False
+        self._seen = 0
 
-    def add(self, values: Tensor, positions: Tensor, valid: Tensor | None = None) -> None:
+    def add(self, values: Tensor, positions: Tensor, valid: Tensor | None = None, run: int = 1) -> None:
         """Add a batch.
 
         Args:
             values: Shape (batch, tokens, channels), or (batch · tokens, channels) in the same order.
             positions: int64, shape (1 or batch, tokens).
             valid: bool, shape (batch, tokens): False entries are left out.
+            run: How many of the batch's rows in turn are of one sample (an image's windows), which no half splits.
         """
         values = values.reshape(-1, positions.shape[1], values.shape[-1])
         if self.second is not None:
-            middle = len(values) // 2 if len(values) > 1 else int(not self._turn)
-            self._turn = not self._turn
-            part = positions if positions.shape[0] == 1 else positions[middle:]
-            if middle < len(values):
-                self.second.add(values[middle:], part, None if valid is None else valid[middle:])
+            rows = odd_samples(self._seen, len(values), run, values.device)
+            self._seen += len(values) // run
+            if len(rows):
+                part = positions if positions.shape[0] == 1 else positions[rows]
+                self.second.add(values[rows], part, None if valid is None else valid[rows])
         if valid is None and positions.shape[0] == 1:
             self.total.index_add_(0, positions[0], values.sum(0, dtype=torch.float32).double())
             self.count.index_add_(0, positions[0], torch.full_like(positions[0], len(values), dtype=torch.float64))

@@ -17,7 +17,6 @@ from safetensors import safe_open
 
 from bc.checkpoint import DamagedFileError, load_means, load_weights, save_means, save_weights
 from bc.quantizers.base import SiteResult
-from bc.settings import AUTO, REGULARISED
 from bc.statistics import PositionSums
 from experiments.config import CellConfig
 from experiments.identity import means_hash, seen_hash, weights_hash
@@ -70,19 +69,14 @@ def float_statistics(
     results: Path, cell: CellConfig, make: Callable[[], dict[str, PositionSums]]
 ) -> Shared[dict[str, PositionSums]]:
     """The float model's sums of inputs by position, made if they are not there; arguments as above."""
-    return _sums(results, "means", means_hash(cell, with_halves(cell)), make)
+    return _sums(results, "means", means_hash(cell, cell.bc.wants_halves), make)
 
 
 def calibration_statistics(
     results: Path, cell: CellConfig, make: Callable[[], dict[str, PositionSums]]
 ) -> Shared[dict[str, PositionSums]]:
     """Sums of the inputs that the quantizer saw, made if they are not there; arguments as above."""
-    return _sums(results, "seen", seen_hash(cell, with_halves(cell)), make)
-
-
-def with_halves(cell: CellConfig) -> bool:
-    """Whether a cell needs the sums of half the samples besides."""
-    return cell.bc.granularity in REGULARISED or AUTO in cell.bc.scope
+    return _sums(results, "seen", seen_hash(cell, cell.bc.wants_halves), make)
 
 
 def _sums(

@@ -22,7 +22,7 @@ from bc.quantizers.base import Quantizer, SiteResult
 from bc.report import Report
 from bc.settings import Compensation
 from bc.statistics import PositionSums
-from experiments.artefacts import Shared, calibration_statistics, float_statistics, quantized_weights, with_halves
+from experiments.artefacts import Shared, calibration_statistics, float_statistics, quantized_weights
 from experiments.attempts import with_smaller_batches
 from experiments.config import BATCH, CellConfig, RunConfig
 from experiments.data import ImageData
@@ -168,7 +168,7 @@ def quantize(
     if cell.domain == "text" and closed and not seen:
         with watch.stage("statistics"):
             means = float_statistics(
-                run.results, cell, lambda: pipeline.float_means(model, calibration, engine, halves=with_halves(cell))
+                run.results, cell, lambda: pipeline.float_means(model, calibration, engine, halves=cell.bc.wants_halves)
             )
     with watch.stage("quantize"):
         if seen:
@@ -205,7 +205,7 @@ def seen_statistics(
     cell = run.cell
 
     def make() -> dict[str, PositionSums]:
-        collect = pipeline.Collection(with_halves(cell), "calibration")
+        collect = pipeline.Collection(cell.bc.wants_halves, "calibration")
         walk = partial(pipeline.calibrate, model, quantizer, calibration, engine, collect=collect)
         if quantized_weights(run.results, cell, walk).found:
             walk()
@@ -340,7 +340,7 @@ def shape_of(bc: Compensation) -> dict[str, str]:
     """Granularity, scope and stream as cells.csv has them; a rival method is named before a granularity of its own."""
     if not bc.enabled:
         return {"granularity": "", "scope": "", "stream": ""}
-    name = bc.granularity if bc.method == "bias" else bc.method
+    name: str = bc.granularity if bc.method == "bias" else bc.method
     name += f"-{bc.granularity}" if bc.method != "bias" and bc.granularity != "channel" else ""
     return {"granularity": name, "scope": "+".join(bc.scope), "stream": bc.stream}
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from bc import models, quantizers, vision
 from bc.errors import UserError, unknown
-from bc.pipeline import require_second_moments
+from bc.pipeline import check_goes_with
 from bc.settings import Bits, Compensation, build_dataclass, presets
 from experiments.data import DataConfig, ImageData, data_config, require, section, strings
 
@@ -247,8 +247,8 @@ def check_combination(cell: CellConfig) -> None:
         raise UserError(f"bits: {cell.bits.label} does not go with quantizer=none, the float model; set bits=float")
     if cell.is_float and cell.bc.enabled:
         raise UserError("bc: there is nothing to compensate with quantizer=none, the float model; set bc=off")
-    if cell.bc.enabled and cell.bc.stream == "calibration":
-        require_second_moments(quantizers.available()[cell.quantizer])
+    if cell.bc.enabled:
+        check_goes_with(cell.bc, quantizers.available()[cell.quantizer])
     if cell.report.held_out_samples > cell.data.selection.samples:
         raise UserError(
             f"report.held_out_samples: {cell.report.held_out_samples} is more than the "

@@ -74,6 +74,7 @@ class Quantizer(ABC):
         kind: ``weight`` (weights only) or ``weight_activation``.
         needs_hessian: Ask the engine for the second moment of each group's inputs.
         needs_inputs: Ask the engine for a group's inputs themselves and the loss of the part it opens.
+        scales: Its weights have a field ``scale`` of shape (out, …) that takes a factor by row, as ``affine`` needs it.
         stream: Which model feeds a block while its quantizer looks: ``quantized`` (the blocks before it are quantized)
             or ``float``.
         Options: Dataclass of the quantizer's own options.
@@ -82,6 +83,7 @@ class Quantizer(ABC):
     name: ClassVar[str] = ""
     kind: ClassVar[Literal["weight", "weight_activation"]] = "weight"
     needs_hessian: ClassVar[bool] = False
+    scales: ClassVar[bool] = True
     needs_inputs: ClassVar[bool] = False
     stream: ClassVar[Literal["float", "quantized"]] = "quantized"
 

@@ -83,6 +83,7 @@ class BiLLM(Quantizer):
 
     name = "billm"
     needs_hessian = True
+    scales = False
 
     @dataclass(frozen=True)
     class Options:

@@ -32,9 +32,8 @@ def test_halves_are_disjoint_and_add_up() -> None:
     for part in (values[:4], values[4:5], values[5:6], values[6:]):
         sums.add(part, torch.arange(6)[None])
         plain.add(part, torch.arange(6)[None])
-    second = torch.cat([values[2:4], values[4:5], values[8:]])  # halves of 4 and 5, and the single ones in turn
     assert sums.second is not None
-    torch.testing.assert_close(sums.second.mean("positional"), second.mean(0))
+    torch.testing.assert_close(sums.second.mean("positional"), values[1::2].mean(0))
     torch.testing.assert_close(sums.mean("positional"), plain.mean("positional"))
     assert torch.equal(sums.first().count + sums.second.count, plain.count)
 
@@ -47,7 +46,18 @@ def test_padding_stays_out_of_the_halves() -> None:
     sums.add(values, positions, valid)
     assert sums.second is not None
     assert sums.second.count.tolist() == [2, 2, 1, 1, 1]
-    torch.testing.assert_close(sums.second.mean("positional")[0], (values[2, 0] + values[3, 3]) / 2)
+    torch.testing.assert_close(sums.second.mean("positional")[0], (values[1, 0] + values[3, 3]) / 2)
+
+
+def test_no_half_splits_an_image() -> None:
+    """Of three windows an image, those of the second and fourth image, whatever the batches are."""
+    values = torch.randn(12, 5, 2)
+    for cuts in ([12], [3, 9], [6, 3, 3]):
+        sums = PositionSums(5, 2, halves=True)
+        for part in values.split(cuts):
+            sums.add(part, torch.arange(5)[None], run=3)
+        assert sums.second is not None
+        torch.testing.assert_close(sums.second.mean("positional"), values[[3, 4, 5, 9, 10, 11]].mean(0))
 
 
 def test_noise_is_the_variance_of_a_sample() -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import bc
 from bc import quantizers
 from bc.affine import ChannelMoments, fold_affine
+from bc.chains import sites as model_sites
 from bc.compensation import BiasCompensation
 from bc.errors import UserError
 from bc.grid import Grid, quantize_weight
 from bc.linear_map import RIDGE, RidgeSums, explained, map_of
+from bc.models import family_of
 from bc.pipeline import Engine, calibrate, compensate
 from bc.quantizers.base import SiteResult
 from bc.settings import PRESETS, Bits, Compensation
@@ -192,7 +196,7 @@ def test_language_models_take_every_option(name: str, bc: str, stream: str) -> N
     goal = model(IDS).logits
     ours, off = ((m(IDS).logits - goal).square().mean() for m in (twin, plain))
     assert ours < off or (ours == off and not any(map_of(module) for module in twin.modules()))
-    if stream == "float" and settings.method != "affine":  # an affine site's error before is not kept
+    if stream == "float":
         for site in report.sites:
             assert site.calibration.square_after <= site.calibration.square_before * (1 + 1e-4), site.site
 
@@ -226,3 +230,39 @@ def test_methods_refuse_what_they_cannot_do() -> None:
     results = calibrate(model, quantizers.create("billm", Bits.parse("w1")), IDS, ENGINE)
     with pytest.raises(UserError, match=r"bc.method: affine needs weights with scales, not a BinaryWeight"):
         compensate(model, results, PRESETS["affine"], IDS, ENGINE)
+    with pytest.raises(UserError, match=r"bc.method: affine needs weights with scales by row, which 'billm' has not"):
+        bc.quantize(tiny_model("opt"), "billm", "w1", "affine", IDS)
+
+
+@pytest.mark.parametrize("name", ["opt", "llama"])
+@pytest.mark.parametrize("granularity", ["channel", "sink"])
+def test_the_errors_before_an_affine_setting_are_those_without_it(name: str, granularity: Any) -> None:
+    """And the biases that it makes are counted: of llama's Linears, which have none."""
+    model = tiny_model(name)
+    results = calibrate(model, quantizers.create("rtn", Bits.parse("w3")), None, ENGINE)
+    bare, twin = copy.deepcopy(model), copy.deepcopy(model)
+    settings = Compensation(("layer",), granularity, method="affine")
+    plain = compensate(bare, results, Compensation(), IDS, ENGINE, report_calibration=IDS)
+    report = compensate(twin, results, settings, IDS, ENGINE, report_calibration=IDS)
+    for mine, other in zip(report.sites, plain.sites, strict=True):
+        assert mine.calibration.square_before == pytest.approx(other.calibration.square_after, rel=1e-4)
+        assert mine.calibration.square_after < 0.99 * mine.calibration.square_before
+    linears = [module for _, module in model_sites(twin, family_of(twin))]
+    made = sum(len(m.bias) for m in linears if m.bias is not None) if name == "llama" else 0
+    kept = sum(m.size for m in twin.modules() if isinstance(m, BiasCompensation))
+    assert report.bias_parameters == made + kept
+    assert bool(made) == (name == "llama" and granularity == "channel")
+
+
+@pytest.mark.parametrize("bits", ["w1", "w1g5"])
+def test_affine_outputs_of_signs(bits: str) -> None:
+    """They have scales and no zero points."""
+    model = tiny_model("opt")
+    twin = copy.deepcopy(model)
+    report = bc.quantize(twin, "sign", bits, "affine", IDS, device="cpu")
+    bc.quantize(model, "sign", bits, "off", device="cpu")
+    one, two = (dict(model_sites(m, family_of(m))) for m in (model, twin))
+    for name, module in one.items():
+        ratio = two[name].weight / module.weight
+        torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio), rtol=2e-3, atol=1e-4)  # a factor by row
+    assert report.bits_per_weight > 1

@@ -1,0 +1,74 @@
+"""What samples may be, checked before anything long begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from bc.chains import is_vision
+from bc.errors import UserError
+from bc.evaluation import check_window
+
+TOKENS = "token ids, int64, shape (samples, tokens), or a list of such tensors or of dicts with input_ids"
+IMAGES = "images, floating, shape (images, channels, height, width)"
+
+
+def check_samples(model: nn.Module, samples: Any, where: str) -> None:
+    """Refuse what cannot be read, more than once, as the samples of a model.
+
+    Args:
+        model: A language or a vision model.
+        samples: What was given.
+        where: Name of the argument, for the message.
+
+    Raises:
+        UserError: Naming the argument, what it is, and what is allowed.
+    """
+    if is_vision(model):
+        _check_images(model, samples, where)
+        return
+    if isinstance(samples, Tensor):
+        _check_ids(model, samples, where, (2,))
+        if not len(samples):
+            raise UserError(f"{where}: there are no samples; give at least one")
+        return
+    if isinstance(samples, str | bytes) or not isinstance(samples, Sequence):
+        raise UserError(f"{where}: a {type(samples).__name__} is not allowed; give {TOKENS}")
+    if not samples:
+        raise UserError(f"{where}: there are no samples; give at least one")
+    for number, sample in enumerate(samples):
+        ids = sample.get("input_ids") if isinstance(sample, dict) else sample
+        place = f"{where}[{number}]" + ("['input_ids']" if isinstance(sample, dict) else "")
+        if not isinstance(ids, Tensor):
+            raise UserError(f"{place}: a {type(ids).__name__} is not allowed; give {TOKENS}")
+        _check_ids(model, ids, place, (1, 2))
+
+
+def _check_ids(model: nn.Module, ids: Tensor, where: str, dimensions: tuple[int, ...]) -> None:
+    if ids.dim() not in dimensions or ids.is_floating_point():
+        kind = f"{str(ids.dtype).removeprefix('torch.')} tensor of shape {tuple(ids.shape)}"
+        raise UserError(f"{where}: a {kind} is not allowed; give {TOKENS}")
+    check_window(model, ids.shape[-1], where)
+    known = getattr(getattr(model, "config", None), "vocab_size", None)
+    if known is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < known:
+        raise UserError(
+            f"{where}: token ids from {int(ids.min())} to {int(ids.max())} are not all of the model's {known}; "
+            "give those of its own tokenizer"
+        )
+
+
+def _check_images(model: Any, samples: Any, where: str) -> None:
+    if not isinstance(samples, Tensor) or samples.dim() != 4 or not samples.is_floating_point():
+        kind = type(samples).__name__
+        if isinstance(samples, Tensor):
+            kind = f"{str(samples.dtype).removeprefix('torch.')} tensor of shape {tuple(samples.shape)}"
+        raise UserError(f"{where}: a {kind} is not allowed; give {IMAGES}")
+    if not len(samples):
+        raise UserError(f"{where}: there are no samples; give at least one")
+    patches = getattr(model, "patch_embed", None)
+    size = getattr(patches, "img_size", None) if getattr(patches, "strict_img_size", True) else None
+    if size is not None and tuple(samples.shape[2:]) != tuple(size):
+        found = f"{samples.shape[2]} × {samples.shape[3]}"
+        raise UserError(f"{where}: images of {found} do not fit the model; give {size[0]} × {size[1]}")
