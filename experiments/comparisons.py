@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,8 @@ def sites(title: str, frame: pd.DataFrame, errors: dict[str, list[dict[str, Any]
     figure = new_figure(WIDTH, 2.5 * len(chosen) + 0.8)
     grid = figure.subplots(len(chosen), 1, squeeze=False)[:, 0]
     for axes, rows in zip(grid, chosen, strict=True):
-        site_panel(axes, {str(r["bc"]): errors[r["cell"]] for r in rows})
+        kinds = {str(r["bc"]): errors[r["cell"]] for r in rows}
+        site_panel(axes, kinds, streams={str(r["bc"]): str(r["stream"]) for r in rows})
         first = rows[0]
         axes.set_title(f"{first['model']}, {first['method']} {first['bits']}")
     legend(figure, list(grid))
@@ -94,7 +96,15 @@ def sites(title: str, frame: pd.DataFrame, errors: dict[str, list[dict[str, Any]
 def profiles(frame: pd.DataFrame, errors: dict[str, list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
     """For every model the compensated cells of one quantizer and bit width whose per-site errors are here."""
     rows = [
-        {"model": r.model, "method": r.method, "bits": r.bits, "w_bits": r.w_bits, "bc": r.bc, "cell": cell}
+        {
+            "model": r.model,
+            "method": r.method,
+            "bits": r.bits,
+            "w_bits": r.w_bits,
+            "bc": r.bc,
+            "stream": r.stream,
+            "cell": cell,
+        }
         for r in records(frame)
         for cell in r.cells[:1]
         if r.bc != "off" and cell in errors and any(s.get("held_out_relative_before") for s in errors[cell])
@@ -108,23 +118,38 @@ def profiles(frame: pd.DataFrame, errors: dict[str, list[dict[str, Any]]]) -> li
     return out
 
 
-def site_panel(axes: Axes, kinds: dict[str, list[dict[str, Any]]], part: str = "held_out") -> None:
-    """Errors of the sites of one model, in forward order: without BC once, then with every kind of it.
+def site_panel(
+    axes: Axes,
+    kinds: dict[str, list[dict[str, Any]]],
+    part: str = "held_out",
+    streams: Mapping[str, str] | None = None,
+) -> None:
+    """Errors of the sites of one model, in forward order: without BC once a stream, then with every kind of it.
+
+    An error is that of a site's output on what its stream feeds it, so kinds on different streams are to be held
+    against different lines.
 
     Args:
         axes: Where to draw.
         kinds: Kind of BC → per-site rows as :meth:`bc.report.SiteReport.row` makes them.
         part: ``held_out`` or ``calibration``.
+        streams: Kind of BC → its stream; all ``float`` if absent.
     """
+    fed = {kind: _measured_on((streams or {}).get(kind, "float")) for kind in kinds}
     kinds = dict(sorted(kinds.items(), key=lambda item: kind_order(item[0])))
     look = looks(list(kinds))
     names: list[str] = []
-    for number, (kind, rows) in enumerate(kinds.items()):
+    drawn: set[str] = set()
+    for kind, rows in kinds.items():
         layers = [r for r in rows if r["scope"] == "layer" and r.get(f"{part}_relative_before") is not None]
-        if not number:
-            names = [str(r["site"]) for r in layers]
-            before = [r[f"{part}_relative_before"] for r in layers]
-            axes.plot(before, color=looks(["off"])["off"].colour, label=kind_label("off"), drawstyle="steps-mid")
+        names = names or [str(r["site"]) for r in layers]
+        if fed[kind] not in drawn:
+            before = [(names.index(r["site"]), r[f"{part}_relative_before"]) for r in layers if r["site"] in names]
+            label = kind_label("off") + (f", {fed[kind]} inputs" if len(set(fed.values())) > 1 else "")
+            line = "-" if fed[kind] == "float" else "--"
+            plain = looks(["off"])["off"].colour
+            axes.plot(*zip(*before, strict=True), color=plain, linestyle=line, label=label, drawstyle="steps-mid")
+            drawn.add(fed[kind])
         places = [names.index(str(r["site"])) for r in layers if r["site"] in names]
         after = [r[f"{part}_relative_after"] for r in layers if r["site"] in names]
         axes.plot(places, after, markersize=3, label=kind_label(kind), **look[kind].points)
@@ -136,6 +161,11 @@ def site_panel(axes: Axes, kinds: dict[str, list[dict[str, Any]]], part: str = "
     else:
         axes.set_xlabel(f"number of the site, in forward order ({len(names)} sites)")
     axes.set_ylabel("squared output error,\nrelative (lower is better)")
+
+
+def _measured_on(stream: str) -> str:
+    """What a site is fed while its errors are measured: the float model's inputs, or the quantized model's."""
+    return "quantized" if stream in ("quantized", "blended") else "float"
 
 
 def printed_gains(published: Path) -> Figure | None:

@@ -55,7 +55,7 @@ class Look:
     """How a kind of Bias Compensation is drawn; markers of variants of a preset are hollow, or half."""
 
     colour: str
-    marker: str
+    marker: str | tuple[int, int, int]
     line: str
     hatch: str
     hollow: bool = False
@@ -82,15 +82,18 @@ LOOKS = {
     "classic": Look("#B8A800", ">", ":", "oo"),
     "search": Look("#44AA99", "p", ":", "**"),
 }
+LATER = (":", "--", "-.")  # lines of variants by their number
 OTHERS = (Look("#AA4499", "h", "--", "/"), Look("#117733", "d", ":", "\\"), Look("#332288", "8", "-.", "."))
 
 
 def looks(kinds: Sequence[str]) -> dict[str, Look]:
     """The look of every kind: its own; its preset's, hollow, for a variant (``sink-layer-quantized``); or another.
 
-    On the blended stream a variant's marker is half filled.
+    On the blended stream a variant's marker is half filled. Of several variants alike the later have stars of more and
+    more points as markers.
     """
     found, free = {}, list(OTHERS)
+    seen: dict[tuple[str, bool], int] = {}
     for kind in kinds:
         base = kind.partition("-")[0]
         if kind in LOOKS:
@@ -99,6 +102,10 @@ def looks(kinds: Sequence[str]) -> dict[str, Look]:
             half = "-blended" in kind
             hatch = LOOKS[base].hatch + ("..." if half else "///")
             found[kind] = replace(LOOKS[base], line=":", hatch=hatch, hollow=not half, half=half)
+            if number := seen.get((base, half), 0):
+                marker, hatch = (3 + number, 1, 0), hatch + "o" * number
+                found[kind] = replace(found[kind], marker=marker, hatch=hatch, line=LATER[number % len(LATER)])
+            seen[base, half] = number + 1
         else:
             found[kind] = free.pop(0) if len(free) > 1 else free[0]
     return found

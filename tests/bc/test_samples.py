@@ -1,4 +1,4 @@
-"""Samples of any allowed form give one result, whatever the batches and the model's mode; others are refused at once."""
+"""Samples of an allowed form give one result, whatever the batches and the model's mode; others are refused at once."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_images_are_given_as_the_model_takes_them(dtype: torch.dtype) -> None:
         ([[1, 2], [3, 4]], r"calibration\[0\]: a list is not allowed"),
         ([{"ids": IDS}], r"calibration\[0\]\['input_ids'\]: a NoneType is not allowed"),
         ([IDS[0], np.ones(3)], r"calibration\[1\]: a ndarray is not allowed"),
-        (IDS + 900, r"calibration: token ids from 9\d\d to 9\d\d are not all of the model's \d+; give those of its own"),
+        (IDS + 900, r"calibration: token ids from 9\d\d to 9\d\d are not all of the model's \d+; give"),
         (IDS.repeat(1, 99), r"calibration: a window of 1188 tokens is longer than the model's \d+; lower the window"),
     ],
 )

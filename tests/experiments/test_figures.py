@@ -141,6 +141,34 @@ def test_every_preset_has_a_look_of_its_own() -> None:
     assert len({look.colour for look in looks.values()}) == len({look.marker for look in looks.values()}) == 4
 
 
+def test_variants_of_a_preset_are_told_apart() -> None:
+    kinds = ["affine", *(f"affine{s}-layer-{t}" for s in ("", "-sink") for t in ("float", "quantized", "blended"))]
+    looks = style.looks(kinds)
+    assert len({(look.marker, look.hollow, look.half) for look in looks.values()}) == len(kinds)
+    axes = style.new_figure(3, 3).subplots()
+    for look in looks.values():
+        axes.plot([0, 1], [0, 1], linestyle=look.line, marker=look.marker, color=look.colour)
+
+
+def test_the_float_model_is_drawn_where_it_was_scored_on_as_many_samples() -> None:
+    for samples, lines in ((16, 1), (8, 0)):
+        rows = [row(bc=bc, bits_per_weight=b) for bc, b in (("off", 4.0), ("sink", 4.1))]
+        rows.append(row(quantizer="none", w_bits=16, test_samples=samples))
+        figure = plots.pareto("t", frame.settings(frame.frame_of(rows)))
+        assert figure is not None
+        drawn = [line for line in figure.axes[0].get_lines() if line.get_label() == "float model"]
+        assert len(drawn) == lines
+
+
+def test_errors_on_another_stream_have_a_line_of_their_own() -> None:
+    axes = style.new_figure(3, 3).subplots()
+    site = {"site": "a", "scope": "layer", "held_out_relative_after": 0.2}
+    kinds = {"sink": [site | {"held_out_relative_before": 0.3}], "b": [site | {"held_out_relative_before": 0.4}]}
+    comparisons.site_panel(axes, kinds, streams={"sink": "float", "b": "blended"})
+    before = {line.get_label(): line.get_ydata()[0] for line in axes.get_lines() if "no BC" in str(line.get_label())}
+    assert before == {"no BC, float inputs": 0.3, "no BC, quantized inputs": 0.4}
+
+
 def test_all_experiments_are_drawn_or_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "cells.csv").write_bytes(committed("results/cells.csv"))
     assert figures.main(["--results", str(tmp_path)]) == 0
