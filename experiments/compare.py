@@ -1,8 +1,8 @@
 """Paired comparison of settings: ``python -m experiments.compare EXPERIMENT [key=value …] [--against SETTING]``.
 
 Every setting and the one that it is held against (no compensation by default) scored the same test samples, so the
-difference is taken sample by sample, averaged over seeds, and its 95 % interval is a bootstrap over the test samples
-and over the seeds. What every sample scored is read from the result files and, for cells that have none, from
+difference is taken sample by sample, averaged over seeds, and its 95 % interval is for other test samples and other
+seeds (:func:`interval`). What every sample scored is read from the result files and, for cells that have none, from
 ``scores/EXPERIMENT.csv``, where ``experiments.tables`` keeps it; so the table, ``tables/EXPERIMENT_paired``
 (``…_paired_SETTING`` against another), can be made again from what is under version control.
 """
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy import stats
 
 from bc.errors import UserError
 from bc.quantizers import create
@@ -33,7 +34,6 @@ from experiments.scores import kept_results, path_of
 from experiments.store import all_results
 from experiments.tables import distinct, own_results
 
-DRAWS = 10_000
 AGAINST: Argument = (
     "--against",
     {"default": "off", "help": "setting to compare with (default: off, no compensation)"},
@@ -41,7 +41,8 @@ AGAINST: Argument = (
 LEVEL = 0.95
 HEAD = (
     "Difference of {what} from {against}, sample by sample, mean over seeds; in brackets the 95 % interval "
-    "(bootstrap over test samples and seeds). Bold: the interval leaves 0 out. Made by `python -m experiments.compare "
+    "(t, two-way random effects of test samples and seeds; of one seed over its test samples alone). Bold: the "
+    "interval leaves 0 out, over two seeds or more. Made by `python -m experiments.compare "
     "{name}{option}`; not to be edited."
 )
 
@@ -81,16 +82,32 @@ def values_of(outcome: Any) -> NDArray[np.float64]:
 
 
 def interval(differences: NDArray[np.float64]) -> tuple[float, float]:
-    """95 % interval of the mean of differences of shape (seeds, samples), by bootstrap over either axis."""
-    draw = np.random.default_rng(0)
+    """95 % interval of the mean of differences of shape (seeds, samples), either of which may vary.
+
+    The two-way random-effects model d = μ + seed + sample + rest: the mean's variance is (MS_seed + MS_sample −
+    MS_rest) / (seeds · samples), not below that of the larger of the two alone, with Satterthwaite's degrees of freedom
+    for the t quantile (Satterthwaite, "An approximate distribution of estimates of variance components", Biometrics
+    Bulletin 1946). Of one seed it is the usual t interval over the samples; without any repetition there is no bound.
+    """
     seeds, samples = differences.shape
-    means = np.empty(DRAWS)
-    for i in range(DRAWS):
-        rows = draw.integers(0, seeds, seeds)
-        weights = np.bincount(draw.integers(0, samples, samples), minlength=samples)
-        means[i] = differences[rows].mean(0) @ weights / samples
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+    mean = float(differences.mean())
+    by_seed, by_sample = differences.mean(1, keepdims=True), differences.mean(0, keepdims=True)
+    rest = differences - by_seed - by_sample + mean
+    parts = [  # of each: sign, sum of squares, degrees of freedom
+        (1, samples * ((by_seed - mean) ** 2).sum(), seeds - 1),
+        (1, seeds * ((by_sample - mean) ** 2).sum(), samples - 1),
+        (-1, (rest**2).sum(), (seeds - 1) * (samples - 1)),
+    ]
+    squares = [(sign * total / freedom, freedom) for sign, total, freedom in parts if freedom]
+    if not squares:
+        return -np.inf, np.inf
+    scale = sum(square for square, _ in squares)
+    freedom = scale**2 / max(sum(square**2 / freedom for square, freedom in squares), np.finfo(float).tiny)
+    largest = max(squares)
+    if scale < largest[0]:
+        scale, freedom = largest
+    half = float(stats.t.ppf((1 + LEVEL) / 2, max(freedom, 1.0)) * np.sqrt(scale / differences.size))
+    return mean - half, mean + half
 
 
 def scored(cell: CellConfig) -> str:
@@ -228,7 +245,7 @@ def markdown(name: str, title: str, rows: Sequence[Paired], against: str = "off"
     for row in rows:
         cell, digits = row.cell, 4 if perplexity else 2
         text = f"{row.difference:+.{digits}f} [{row.low:+.{digits}f}, {row.high:+.{digits}f}]"
-        text = f"**{text}**" if row.low > 0 or row.high < 0 else text
+        text = f"**{text}**" if row.seeds > 1 and (row.low > 0 or row.high < 0) else text
         facts = [cell.model.name, cell.quantizer, cell.bits.label, bc_name(cell), *(v(cell) for v in further.values())]
         facts += [f"{row.bits:.3f}", row.dataset, text, f"{100 * row.better:.0f} %", str(row.seeds)]
         lines.append(f"| {' | '.join(facts)} |")

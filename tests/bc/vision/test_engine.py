@@ -329,7 +329,7 @@ def test_mistakes() -> None:
     images = images_for(few)
     with pytest.raises(UserError, match=r"bc.scope: there is no 'stage' in a .*; allowed: layer, attention, mlp"):
         bc.quantize(model, "minmax", "w4a4", Compensation(("stage",)), images, device="cpu")
-    with pytest.raises(UserError, match=r"calibration: samples of shape .* are no images"):
+    with pytest.raises(UserError, match=r"calibration: a .* is not allowed; give images"):
         bc.quantize(model, "minmax", "w4a4", "off", images[0], device="cpu")
     with pytest.raises(UserError, match="needs calibration samples"):
         bc.quantize(model, "minmax", "w4a4", "off", device="cpu")
