@@ -163,8 +163,18 @@ class Compensation:
             object.__setattr__(self, field, tuple(sorted(value, key=names.index)))
         if self.searched and len(self.scope) > 1:
             raise UserError(f"bc.scope: {SEARCH} and {AUTO} stand for many; write bc.scope=[{SEARCH}] alone")
+        if AUTO in self.scope:
+            for name in ("granularity", "stream", "method"):
+                usual = getattr(type(self), name)
+                if getattr(self, name) != usual:
+                    raise UserError(
+                        f"bc.{name}: {getattr(self, name)!r} has no say under {AUTO}, which chooses it; leave it out, "
+                        f"or set bc.scope=[{SEARCH}] to choose the scope alone"
+                    )
         if not self.kinds:
             raise UserError("bc.kinds: is empty; name one or more of conv, linear, matmul")
+        if self.method == "affine" and self.kinds == ("matmul",):
+            raise UserError("bc.kinds: a matmul has no weight that bc.method=affine could scale; name conv or linear")
         for name, allowed in (
             ("granularity", GRANULARITIES),
             ("stream", STREAMS),

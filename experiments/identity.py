@@ -77,17 +77,18 @@ def bc_part(bc: Compensation) -> dict[str, Any] | None:
     """BC's settings without those that are of no effect; None for no compensation."""
     if not bc.enabled:
         return None
+    auto, default = AUTO in bc.scope, Compensation()
+    counted = bc.granularity in ("sink", *REGULARISED) or (auto and bc.sink_positions != default.sink_positions)
     part = asdict(bc) | {
         "scope": list(bc.scope),
         "kinds": list(bc.kinds),
-        "sink_positions": bc.sink_positions if bc.granularity in ("sink", *REGULARISED) else None,
+        "sink_positions": bc.sink_positions if counted else None,
     }
-    default = AUTO not in bc.scope or bc.budget == Compensation().budget
     usual = {
         "kinds": bc.kinds == KINDS,
-        "budget": bc.granularity != "lowrank" and default,
+        "budget": bc.granularity != "lowrank" and not (auto and bc.budget != default.budget),
         "method": bc.method == "bias",
-        "blend": bc.stream != "blended",
+        "blend": bc.stream != "blended" and not (auto and bc.blend != default.blend),
     }
     for name in (name for name, left_out in usual.items() if left_out):
         del part[name]

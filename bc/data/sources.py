@@ -30,7 +30,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -165,12 +165,31 @@ def _locate(source: Source, split: str, paths: Paths | None) -> list[Path]:
         found = _search(path, split)
     if not found:
         raise UserError(f"{setting}: no {split} split of {source.name} at {str(path)!r}; give {source.example}")
-    return found[:1] if source.first_shard else found
+    if source.first_shard:
+        return found[:1]
+    _require_shards(found, setting, source)
+    return found
+
+
+def _require_shards(found: Sequence[Path], setting: str, source: Source) -> None:
+    """Refuse several files that are not the numbered parts of one, and parts that are not all there."""
+    stems = {re.sub(r"\d+", "#", path.name) for path in found}
+    if len(stems) > 1:
+        names = ", ".join(path.name for path in found)
+        raise UserError(f"{setting}: {names} in {str(found[0].parent)!r} are not parts of one text; leave one of them")
+    numbered = re.search(r"-\d+-of-(\d+)", found[0].name)
+    if numbered and len(found) != int(numbered[1]):
+        raise UserError(
+            f"{setting}: {len(found)} of the {int(numbered[1])} parts of {source.name} are in "
+            f"{str(found[0].parent)!r}; put the others there"
+        )
 
 
 def _split_of(path: Path) -> str | None:
-    """The split that a file is named after."""
+    """The split that a file is named after; of the PTB release the files of single characters are another task's."""
     words = re.split(r"[^a-z]+", path.name.lower())
+    if "char" in words:
+        return None
     named = [split for split, aliases in ALIASES.items() if set(aliases) & set(words)]
     return named[0] if len(named) == 1 else None
 

@@ -6,6 +6,8 @@ import importlib
 import json
 import pickle
 import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,7 +148,15 @@ def load(
         if gguf is None:  # a family that is not known is refused before its weights are downloaded
             config = AutoConfig.from_pretrained(target, revision=revision, trust_remote_code=False)
             _family_by_type(config.model_type)
-        model = AutoModelForCausalLM.from_pretrained(target, **options)
+            if getattr(config, "quantization_config", None):
+                raise UserError(
+                    f"model: {name!r} is quantized already ({target!r} has a quantization_config); give the float model"
+                )
+        with _quiet():  # what is missing is an error, and said as one
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                target, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+        _require_complete(name, target, loaded)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"model: {name!r} could not be read from {target!r} ({_first_line(error)}); "
@@ -167,6 +177,33 @@ def load(
     family_of(model)
     model.config.use_cache = True
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _require_complete(name: str, target: str, loaded: dict[str, Any]) -> None:
+    """Refuse a model some of whose weights the files lack, or hold in another shape: they would be random."""
+    missing = sorted(loaded.get("missing_keys", ()))
+    mismatched = sorted(
+        str(key[0]) if isinstance(key, tuple) else str(key) for key in loaded.get("mismatched_keys", ())
+    )
+    for keys, what in ((missing, "are not in its files"), (mismatched, "have other shapes than its config.json says")):
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise UserError(
+                f"model: {keys[0]}{more} of {name!r} {what} ({target!r}); give the whole checkpoint of a causal "
+                "language model, as save_pretrained writes it"
+            )
 
 
 def load_tokenizer(name: str, *, path: str | None = None) -> PreTrainedTokenizerBase:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModel, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import bc
 from bc.chains import block_list, sites
@@ -215,3 +215,33 @@ def test_a_gguf_file_is_an_ordinary_float_model(tmp_path):
     folder = tmp_path / "saved"
     found.save_pretrained(folder)
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+
+
+def test_an_incomplete_checkpoint_is_refused(tmp_path):
+    """Weights that the files lack would be random, and another at each load."""
+    whole = tmp_path / "whole"
+    shape = tiny_model("llama").config
+    shape.tie_word_embeddings = False
+    LlamaForCausalLM(shape).save_pretrained(whole)
+    load(str(whole))
+    AutoModel.from_pretrained(whole).save_pretrained(tmp_path / "headless")
+    config = json.loads((whole / "config.json").read_text())
+    with pytest.raises(UserError, match=r"model: lm_head.weight of .* are not in its files .*; give the whole check"):
+        load(str(tmp_path / "headless"))
+    for change, message in (
+        ({"num_hidden_layers": 5}, r"model: model.layers.\d.* and \d+ more of .* are not in its files"),
+        ({"intermediate_size": 104}, r"model: .*mlp.* have other shapes than its config.json says"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"is quantized already .*; give the float"),
+    ):
+        (whole / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=message):
+            load(str(whole))
+
+
+@pytest.mark.parametrize("name", ["opt", "bloom"])
+def test_a_base_model_with_tied_embeddings_is_complete(name, tmp_path):
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path / "whole")
+    AutoModel.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "base")
+    ids = torch.arange(6)[None]
+    torch.testing.assert_close(load(str(tmp_path / "base"))(ids).logits, model(ids).logits)

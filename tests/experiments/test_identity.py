@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from bc import models, quantizers
+from bc.errors import UserError
 from bc.settings import PRESETS, Bits, build_dataclass
 from experiments.compose import compose_run, experiment_names, hydra_ready, load_experiment
 from experiments.config import RunConfig, cell_config
@@ -195,3 +196,21 @@ def test_the_exact_search_is_not_part_of_a_hash(quantizer: str) -> None:
     exact, fast = (compose_run([*plain, f"quantizer.search={mode}"]).cell for mode in ("exact", "fast"))
     assert cell_hash(exact) == cell_hash(compose_run(plain).cell) != cell_hash(fast)
     assert "search" not in scientific(exact)["quantizer"] and scientific(fast)["quantizer"]["search"] == "fast"
+
+
+@pytest.mark.parametrize("override", ["bc.sink_positions=4", "bc.blend=0.1"])
+def test_what_auto_takes_over_counts(override: str) -> None:
+    """The number of sinks and the blend of its candidates; as usual they do not, as of old."""
+    cells = []
+    for more in ([], [override]):
+        with hydra_ready():
+            cells.append(compose_run(["model=smollm2_135m", "quantizer=rtn", "bits=w3", "bc=auto", *more]).cell)
+    assert cell_hash(cells[0]) != cell_hash(cells[1])
+    part = scientific(cells[0])["bc"]
+    assert part["sink_positions"] is None and "blend" not in part
+
+
+@pytest.mark.parametrize("override", ["bc.stream=quantized", "bc.granularity=sink", "bc.method=affine"])
+def test_what_auto_chooses_cannot_be_set(override: str) -> None:
+    with hydra_ready(), pytest.raises(UserError, match=r"bc\.\w+: '\w+' has no say under auto, which chooses it"):
+        compose_run(["model=smollm2_135m", "quantizer=rtn", "bits=w3", "bc=auto", override])

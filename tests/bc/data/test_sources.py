@@ -271,3 +271,25 @@ def test_with_the_hub_off_cached_files_are_used(hub: FakeHub, monkeypatch: pytes
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     text.check("c4", "calibration", None)
     assert sources.rows("c4", "train", None) == DOCUMENTS
+
+
+def test_files_of_characters_are_not_the_treebanks_words(tmp_path: Path) -> None:
+    """As in the folder of the original release."""
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"ptb.{split}.txt").write_text(" a word \n", encoding="utf8")
+        (tmp_path / f"ptb.char.{split}.txt").write_text(" a _ w o r d \n", encoding="utf8")
+    for split in ("train", "validation", "test"):
+        assert list(sources.rows("ptb", split, {"ptb": str(tmp_path)})) == ["a word"]
+
+
+def test_texts_are_only_joined_from_the_parts_of_one(tmp_path: Path) -> None:
+    (tmp_path / "test-old.txt").write_text("a\n", encoding="utf8")
+    (tmp_path / "test-new.txt").write_text("a\n", encoding="utf8")
+    with pytest.raises(UserError, match=r"data.paths.wikitext2: test-new.txt, test-old.txt in .* leave one of them"):
+        list(sources.rows("wikitext2", "test", {"wikitext2": str(tmp_path)}))
+    inner = tmp_path / "parts"
+    inner.mkdir()
+    for number in (0, 2):
+        (inner / f"train-0000{number}-of-00003.txt").write_text("a\n", encoding="utf8")
+    with pytest.raises(UserError, match=r"data.paths.wikitext2: 2 of the 3 parts of wikitext2 are in"):
+        list(sources.rows("wikitext2", "train", {"wikitext2": str(inner)}))
