@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bc import device as devices
 from bc import models, quantizers, vision
 from bc.calibration import Samples
-from bc.chains import chain_of, check_scopes, is_vision
+from bc.chains import chain_of, check_settings, is_vision
 from bc.checkpoint import open_model, save_model
 from bc.choice import choose
 from bc.errors import UserError
@@ -90,11 +90,10 @@ def quantize(
     for where, samples in (("calibration", calibration), ("held_out", held_out)):
         if samples is not None:
             check_samples(model, samples, where)
-    if not settings.searched:
-        check_scopes(chain_of(model), settings.scope)
-    elif calibration is None:
+    check_settings(chain_of(model), settings)
+    if settings.searched and calibration is None:
         raise UserError(f"calibration: bc={'+'.join(settings.scope)} needs calibration samples; give some")
-    elif score is None:
+    if settings.searched and score is None:
         score = _by_perplexity(model, held_out, engine)
     collect = Collection.wanted(settings, method)
     results = calibrate(model, method, calibration, engine, collect=collect)

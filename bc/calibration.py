@@ -8,7 +8,7 @@ the device, the activations of its streams, and the statistics of one block, wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -186,7 +186,7 @@ def batches(samples: Samples, batch_size: int) -> Iterator[dict[str, Tensor]]:
         return
     waiting: list[Tensor] = []
     for sample in samples:
-        if isinstance(sample, dict):
+        if isinstance(sample, Mapping):  # also what a tokenizer returns
             yield {k: v if v.dim() > 1 else v[None] for k, v in sample.items()}
             continue
         rows = sample if sample.dim() > 1 else sample[None]

@@ -16,7 +16,7 @@ from bc.compensation import folds
 from bc.errors import UserError
 from bc.models import Family, submodule
 from bc.positions import PositionContext
-from bc.settings import AUTO, SCOPES, SEARCH
+from bc.settings import AUTO, SCOPES, SEARCH, Compensation
 from bc.sites import Site, Unit
 
 
@@ -168,14 +168,28 @@ def head_row(chain: Chain) -> int:
     return 0 if folds(head) else int(head.out_features)
 
 
-def check_scopes(chain: Chain, scopes: tuple[str, ...]) -> None:
-    """Refuse scopes that a model does not have.
+def check_settings(chain: Chain, settings: Compensation) -> None:
+    """Refuse scopes that a model does not have, and scope ``layer`` where it has nothing that the settings cover.
 
     Raises:
-        UserError: The first of them, and those that there are.
+        UserError: The first of what is missing, and what there is.
     """
-    for scope in scopes:
+    for scope in settings.scope:
         if scope not in (*chain.scopes, SEARCH, AUTO):
             raise UserError(
                 f"bc.scope: there is no {scope!r} in a {type(chain.model).__name__}; allowed: {', '.join(chain.scopes)}"
             )
+    if "layer" not in settings.scope and AUTO not in settings.scope:
+        return
+    kinds = {site.kind for site in chain.sites}
+    if not kinds & set(settings.kinds):
+        raise UserError(
+            f"bc.kinds: there is no {' or '.join(settings.kinds)} in a {type(chain.model).__name__}; "
+            f"name one or more of {', '.join(sorted(kinds))}"
+        )
+    norms: list[Any] = [site.norm for site in chain.sites if site.kind == "linear" and site.norm is not None]
+    if settings.method == "classic" and all(norm.bias is None for norm in norms):
+        raise UserError(
+            f"bc.method: 'classic' takes the biases of LayerNorms before Linears, and a {type(chain.model).__name__} "
+            "has none; set bc.method=bias"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ __all__ = [
 FORMAT = "bias-compensation-weights-1"
 MODEL_FORMAT = "bias-compensation-model-1"
 MODEL_FILE = "quantized.safetensors"
+CONFIG = "config.json"
+GENERATION = "generation_config.json"
+NO_LINEAR_MAPS = "checkpoint: linear maps (bc.method=linear) cannot be saved; choose another bc.method"
 SECOND = "/second"  # after the names of sums of half the samples
 STATE = "state/"  # before the names of tensors that are stored as they are
 BUFFER = "buffer/"  # before those of buffers that a state dict leaves out, such as rotary frequencies
@@ -125,7 +129,7 @@ def save_model(model: nn.Module, folder: Path, tokenizer: Any = None, provenance
     if not isinstance(weights, dict):
         raise UserError("model: it is not quantized; call bc.quantize first")
     if any(isinstance(module, LinearMap) for module in model.modules()):
-        raise UserError("checkpoint: linear maps (bc.method=linear) cannot be saved; choose another bc.method")
+        raise UserError(NO_LINEAR_MAPS)
     if is_vision(model):
         raise UserError("checkpoint: a vision model's cannot be saved; give a language model")
     config: Any = model.config
@@ -150,7 +154,10 @@ def save_model(model: nn.Module, folder: Path, tokenizer: Any = None, provenance
         "provenance": json.dumps(provenance or {}),
     }
     folder.mkdir(parents=True, exist_ok=True)
+    if getattr(config, "dtype", None) is None:  # as in every model that was read from a file
+        config.dtype = next(model.parameters()).dtype
     config.save_pretrained(folder)
+    header[CONFIG] = hashlib.sha256((folder / CONFIG).read_bytes()).hexdigest()
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(folder)
@@ -168,7 +175,7 @@ def open_model(folder: Path) -> nn.Module:
 
     Raises:
         UserError: The folder holds no such model.
-        DamagedFileError: The file is truncated or altered.
+        DamagedFileError: The file, or the config.json beside it, is truncated or altered.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -176,17 +183,39 @@ def open_model(folder: Path) -> nn.Module:
     if not path.is_file():
         raise UserError(f"checkpoint: no {MODEL_FILE} in {str(folder)!r}; give a folder written by bc.save")
     tensors, header = read(path, MODEL_FORMAT)
+    _check_config(path.with_name(CONFIG), header.get(CONFIG))
     config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
     options: dict[str, Any] = {"dtype": getattr(torch, header["dtype"]), "attn_implementation": header["attention"]}
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
-    if (path.parent / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path.parent)
+    if (path.parent / GENERATION).is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(path.parent)
+        except (OSError, ValueError) as error:
+            name = path.with_name(GENERATION)
+            raise DamagedFileError(f"{name}: cannot be read ({error}); mend or remove it") from error
     try:
         folded = json.loads(header.get("folded", "[]"))  # earlier files have none
         _fill(model, tensors, json.loads(header["sites"]), json.loads(header["compensation"]), folded)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DamagedFileError(f"{path}: the file does not fit its config.json ({error})") from error
     return model.eval().requires_grad_(False)
+
+
+def _check_config(path: Path, expected: str | None) -> None:
+    """Refuse a config.json that is not the saved one; earlier files do not know its hash."""
+    if not path.is_file():
+        raise DamagedFileError(f"{path}: is missing; put back the one that was saved with {MODEL_FILE}")
+    content = path.read_bytes()
+    try:
+        json.loads(content)
+    except ValueError as error:
+        raise DamagedFileError(f"{path}: cannot be read ({error}); put back the one that was saved") from error
+    found = hashlib.sha256(content).hexdigest()
+    if expected is not None and found != expected:
+        raise DamagedFileError(
+            f"{path}: its SHA-256 is {found[:16]}…, {MODEL_FILE} was saved with {expected[:16]}…; put back the one "
+            "that was saved"
+        )
 
 
 def _fill(

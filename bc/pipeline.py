@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bc import device as devices
 from bc.activation_cache import Store
 from bc.calibration import Samples, Stream, on_device
-from bc.chains import Chain, VisionChain, chain_of, check_scopes
+from bc.chains import Chain, VisionChain, chain_of, check_settings
 from bc.errors import QuantizationError, UserError
 from bc.fitting import Fit
 from bc.grid import finite
@@ -338,7 +338,7 @@ def compensate(
     """
     chain = chain_of(model)
     _require_float(model)
-    check_scopes(chain, settings.scope)
+    check_settings(chain, settings)
     if settings.enabled and settings.stream == "calibration" and means is None:
         raise UserError(
             "bc.stream: 'calibration' needs the sums that calibrate(…, collect=…) keeps; give them as means"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,8 +39,8 @@ def check_samples(model: nn.Module, samples: Any, where: str) -> None:
     if not samples:
         raise UserError(f"{where}: there are no samples; give at least one")
     for number, sample in enumerate(samples):
-        ids = sample.get("input_ids") if isinstance(sample, dict) else sample
-        place = f"{where}[{number}]" + ("['input_ids']" if isinstance(sample, dict) else "")
+        ids = sample.get("input_ids") if isinstance(sample, Mapping) else sample
+        place = f"{where}[{number}]" + ("['input_ids']" if isinstance(sample, Mapping) else "")
         if not isinstance(ids, Tensor):
             raise UserError(f"{place}: a {type(ids).__name__} is not allowed; give {TOKENS}")
         _check_ids(model, ids, place, (1, 2))

@@ -112,7 +112,7 @@ def compute(run: RunConfig, mirror: Mirror) -> tuple[dict[str, Any], list[dict[s
         samples = task.samples(cell)
     with watch.stage("load"):
         model = task.load(cell)
-    chains.check_scopes(chains.chain_of(model), cell.bc.scope)
+    chains.check_settings(chains.chain_of(model), cell.bc)
     report = float_report(model)
     facts: dict[str, Any] = {"seconds_quantize": 0.0, "seconds_bc": 0.0}
     if not cell.is_float:

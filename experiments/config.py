@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from bc import models, quantizers, vision
+from bc.checkpoint import NO_LINEAR_MAPS
 from bc.errors import UserError, unknown
 from bc.pipeline import check_goes_with
 from bc.settings import Bits, Compensation, build_dataclass, presets
@@ -159,6 +160,10 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
     cell = cell_config(values)
     if values["save_model"] and cell.domain == "images":
         raise UserError("save_model: true is for language models; set save_model=false for a vision model")
+    if values["save_model"] and cell.is_float:
+        raise UserError("save_model: the float model (quantizer=none) is not saved; set save_model=false")
+    if values["save_model"] and cell.bc.method == "linear":
+        raise UserError(f"save_model: {NO_LINEAR_MAPS}, or set save_model=false")
     logger = dict(section(values, "logger"))
     logger["tags"] = strings("logger.tags", logger.get("tags", ()))
     return RunConfig(

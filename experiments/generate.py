@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from bc import device as devices
 from bc.checkpoint import open_model
@@ -39,10 +40,25 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise UserError(f"tokens: {self.tokens} is not allowed; use 1 or more")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < float("inf"):
             raise UserError(f"temperature: {self.temperature} is not allowed; use 0 or more")
         if not self.prompt:
             raise UserError("prompt: is empty; give some text")
+
+
+def check_length(model: Any, prompt: int, tokens: int) -> None:
+    """Refuse a text that is longer than a model's table of positions; rotary ones have none.
+
+    Raises:
+        UserError: Saying how many tokens are left.
+    """
+    tables = [name for name, part in model.named_modules() if isinstance(part, nn.Embedding) and "position" in name]
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if tables and longest is not None and prompt + tokens > longest:
+        raise UserError(
+            f"tokens: {tokens} after the prompt's {prompt} are more than the model's {longest} positions; "
+            f"set tokens={max(longest - prompt, 0)} or less, or give a shorter prompt"
+        )
 
 
 @torch.no_grad()
@@ -50,7 +66,7 @@ def generate(config: GenerateConfig) -> str:
     """The prompt and what the model made of it.
 
     Raises:
-        UserError: The folder holds no checkpoint or no tokenizer.
+        UserError: The folder holds no checkpoint or no tokenizer, or the text would exceed the model's positions.
         DamagedFileError: The checkpoint is damaged.
     """
     from transformers import AutoTokenizer
@@ -64,6 +80,7 @@ def generate(config: GenerateConfig) -> str:
             f"checkpoint: no tokenizer in {config.checkpoint!r}; save it with bc.save(model, folder, tokenizer)"
         ) from error
     inputs = tokenizer(config.prompt, return_tensors="pt").to(device)
+    check_length(model, inputs["input_ids"].shape[1], config.tokens)
     torch.manual_seed(config.seed)
     how: dict[str, Any] = {"do_sample": False}
     if config.temperature > 0:

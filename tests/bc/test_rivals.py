@@ -266,3 +266,19 @@ def test_affine_outputs_of_signs(bits: str) -> None:
         ratio = two[name].weight / module.weight
         torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio), rtol=2e-3, atol=1e-4)  # a factor by row
     assert report.bits_per_weight > 1
+
+
+def test_settings_that_cover_nothing_are_refused() -> None:
+    for name, settings, message in (
+        ("opt", Compensation(("layer",), kinds=("conv", "matmul")), r"bc.kinds: there is no conv or matmul in a OPT"),
+        (
+            "opt",
+            Compensation(("auto",), kinds=("conv",)),
+            r"bc.kinds: there is no conv in a OPT.*; name one or more",
+        ),
+        ("llama", PRESETS["classic"], r"bc.method: 'classic' takes the biases of LayerNorms .* a Llama\w+ has none"),
+    ):
+        with pytest.raises(UserError, match=message):
+            bc.quantize(tiny_model(name), "rtn", "w4", settings, IDS, held_out=IDS, device="cpu")
+    with pytest.raises(UserError, match=r"bc.kinds: a matmul has no weight that bc.method=affine could scale"):
+        Compensation(("layer",), method="affine", kinds=("matmul",))

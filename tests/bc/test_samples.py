@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import BatchEncoding
 
 import bc
 from bc.compensation import BiasCompensation
@@ -101,6 +102,15 @@ def test_token_ids_that_cannot_be_read_are_refused(samples: Any, message: str) -
     with pytest.raises(UserError, match=message.replace("calibration", "held_out")):
         bc.quantize(model, "rtn", "w4", "sink", IDS, held_out=samples, device="cpu")
     bc.quantize(model, "rtn", "w4", "sink", IDS, device="cpu")  # nothing was done to it
+
+
+def test_what_a_tokenizer_returns_is_a_sample() -> None:
+    mask = torch.ones_like(IDS[:1])
+    one, two = tiny_model("opt"), tiny_model("opt")
+    encoded = [BatchEncoding({"input_ids": row[None], "attention_mask": mask}) for row in IDS]
+    bc.quantize(one, "rtn", "w3", "sink", encoded, device="cpu")
+    bc.quantize(two, "rtn", "w3", "sink", IDS, device="cpu", batch_size=1)
+    assert differences(one, two) < 1e-6
 
 
 def test_images_that_cannot_be_read_are_refused() -> None:

@@ -112,6 +112,30 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
         bc.open(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", lambda text: text.replace('"bos_token_id": ', '"bos_token_id": 1'), "its SHA-256 is"),
+        ("config.json", lambda text: "{", "config.json: cannot be read"),
+        ("config.json", None, "config.json: is missing"),
+        ("generation_config.json", lambda text: "{", "generation_config.json: cannot be read"),
+    ],
+)
+def test_what_lies_beside_the_weights_is_checked_too(file, content, message, token_ids, tmp_path):
+    model = tiny_model("llama")
+    bc.quantize(model, "rtn", "w4", "sink", token_ids, device="cpu")
+    bc.save(model, tmp_path)
+    path = tmp_path / file
+    text = path.read_text(encoding="utf8")
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content(text), encoding="utf8")
+        assert path.read_text(encoding="utf8") != text
+    with pytest.raises(DamagedFileError, match=message):
+        bc.open(tmp_path)
+
+
 @pytest.mark.parametrize("harm", ["truncated", "altered"])
 def test_a_damaged_file_is_refused_by_name(harm, token_ids, tmp_path):
     model = tiny_model("opt")

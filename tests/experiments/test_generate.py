@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from bc.errors import UserError
 from experiments import export
 from experiments.cell import checkpoint_folder
 from experiments.compose import compose_run, hydra_ready
-from experiments.generate import main
+from experiments.generate import check_length, main
+from tests.conftest import tiny_model
 from tests.experiments.conftest import Workspace
 
 README = Path(__file__).parents[2] / "README.md"
@@ -131,3 +133,27 @@ def test_the_commands_of_the_readme_work(
     assert capsys.readouterr().out.strip()
     assert export.main(here("experiments.export")) == 0
     assert AutoModelForCausalLM.from_pretrained(places["folder"]).config.quantization_config is not None
+
+
+def test_a_text_longer_than_the_table_of_positions_is_refused() -> None:
+    """OPT has such a table; LLaMA, whose positions are rotary, does not."""
+    longest = tiny_model("opt").config.max_position_embeddings
+    check_length(tiny_model("opt"), 5, longest - 5)
+    with pytest.raises(UserError, match=rf"tokens: {longest} after the prompt's 5 .* set tokens={longest - 5} or less"):
+        check_length(tiny_model("opt"), 5, longest)
+    check_length(tiny_model("llama"), 5, 10_000)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["quantizer=rtn", "bits=w3", "bc=linear"], "save_model: checkpoint: linear maps (bc.method=linear) cannot"),
+        (["quantizer=none", "bits=float"], "save_model: the float model (quantizer=none) is not saved"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused_first(
+    arguments: list[str], line: str, workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert workspace.run(*arguments, "save_model=true") == 2
+    error = capsys.readouterr().err
+    assert line in error and "starts" not in error
