@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from experiments.config import CellConfig
-from experiments.data import ImageData
+from experiments.data import ImageData, ImageEvaluation
 from experiments.identity import bc_name, cell_hash, with_seed
 from experiments.published import method_name
 from experiments.records import write_text
@@ -38,6 +38,9 @@ LONG = (
     "bias_parameters",
     "missing",
     "note",
+    "test_samples",
+    "limit",
+    "offset",
 )
 LATEX_SIGNS = {"±": "$\\pm$", "—": "---", "∞": "$\\infty$"}
 SETTING = ("model", "quantizer", "bits", "BC", "bits/weight", "bias values")
@@ -239,10 +242,14 @@ def html(name: str, title: str, frame: pd.DataFrame, bold: pd.DataFrame, notes: 
 
 
 def long_csv(lines: Sequence[Line]) -> str:
-    """One row a setting and data set, numbers in full precision."""
+    """One row a setting and data set, numbers in full precision; further columns for settings in which cells differ.
+
+    ``limit`` and ``offset`` are empty where all images are scored.
+    """
     stream = io.StringIO()
+    further = varied(line.cell for line in lines)
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(LONG)
+    writer.writerow([*LONG, *(name.replace(" ", "_") for name in further)])
     for line in lines:
         cell, published = line.cell, line.published.value if line.published else None
         numbers = (published, line.mean, line.deviation, len(line.values), line.difference)
@@ -255,7 +262,10 @@ def long_csv(lines: Sequence[Line]) -> str:
             line.dataset,
             cell.metric,
         )
-        writer.writerow(
-            [*names, *("" if n is None else repr(n) for n in (*numbers, *storage)), line.missing, _note(line)]
-        )
+        evaluation = cell.data.evaluation
+        part = (evaluation.limit, evaluation.offset) if isinstance(evaluation, ImageEvaluation) else (None, None)
+        scored = [None if (n := line.fact("test_samples")) is None else round(n), *part]
+        facts = ["" if n is None else repr(n) for n in (*numbers, *storage)]
+        facts += [line.missing, _note(line), *("" if n is None else str(n) for n in scored)]
+        writer.writerow([*names, *facts, *(value(cell) for value in further.values())])
     return stream.getvalue()

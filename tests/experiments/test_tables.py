@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from experiments import figures, status, tables, wandb_logger
 from experiments.compose import load_experiment
 from experiments.records import COLUMNS, merge, read_rows, write_rows
 from experiments.run import main
+from tests.committed import ROOT
 from tests.experiments.conftest import Workspace
 
 
@@ -203,3 +205,15 @@ def test_status(demo: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out.splitlines()[-1].startswith("14 cells")
     assert status.main(["--results", str(tmp_path / "nothing")]) == 0
     assert "no cells yet" in capsys.readouterr().out
+
+
+def test_no_two_rows_of_a_committed_csv_are_the_same_setting() -> None:
+    """Whatever cells differ in is a column: all but the numbers tells every row from the others."""
+    numbers = ("published", "ours", "deviation", "difference", "bits_per_weight", "bias_parameters", "missing", "note")
+    for path in sorted((ROOT / "results" / "tables").glob("*.csv")):
+        if "_paired" in path.stem:
+            continue
+        table = pd.read_csv(path, dtype=str)
+        assert {"test_samples", "limit", "offset"} <= set(table)
+        keys = table.drop(columns=[*numbers])
+        assert not keys.duplicated().any(), (path.name, keys[keys.duplicated(keep=False)])
