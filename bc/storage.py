@@ -18,14 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bc.activation_grids import Affine, LogSqrt2, Noisy, ReparametrisedAffine, Symmetric, TwinGELU, TwinSoftmax
+from bc.activation_grids import Noisy
 from bc.activations import ActivationQuantizer
 from bc.grid import QuantizedWeight, group_index
-from bc.quantizers.awq import ScaledWeight
-from bc.quantizers.base import SiteResult
-from bc.quantizers.billm import BinaryWeight
-from bc.quantizers.repq_vit import ReparametrisedWeight
-from bc.quantizers.sign import SignWeight
+from bc.quantizers import available
+from bc.quantizers.base import STORABLE, SiteResult
 
 
 class DamagedFileError(ValueError):
@@ -55,23 +52,19 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.packbits(padded, axis=1).reshape(shape).copy())
 
 
-KINDS: dict[str, type] = {
-    "affine": QuantizedWeight,
-    "scaled": ScaledWeight,
-    "binary": BinaryWeight,
-    "sign": SignWeight,
-    "reparametrised": ReparametrisedWeight,
-}
-ACTIVATIONS: tuple[type[ActivationQuantizer], ...] = (
-    ActivationQuantizer,
-    Symmetric,
-    Affine,
-    ReparametrisedAffine,
-    TwinGELU,
-    TwinSoftmax,
-    LogSqrt2,
-    Noisy,
-)
+def _weights() -> dict[str, type]:
+    """Forms of quantized weights by what files call them."""
+    available()  # every quantizer's file has been read then
+    return {"affine": QuantizedWeight, **STORABLE}
+
+
+def _activations(base: type[ActivationQuantizer] = ActivationQuantizer) -> dict[str, type[ActivationQuantizer]]:
+    """All activation quantizers by name."""
+    available()
+    found = {base.__name__: base}
+    for cls in base.__subclasses__():
+        found |= _activations(cls)
+    return found
 
 
 def store_result(name: str, result: SiteResult, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -92,7 +85,7 @@ def restore_result(name: str, site: dict[str, Any], tensors: dict[str, Tensor]) 
 
 
 def _store_input(name: str, quantizer: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    if type(quantizer) not in ACTIVATIONS:
+    if _activations().get(type(quantizer).__name__) is not type(quantizer):
         raise TypeError(f"{name}: a {type(quantizer).__name__} cannot be saved")
     facts: dict[str, Any] = {"kind": type(quantizer).__name__}
     if hasattr(quantizer, "bits"):
@@ -104,7 +97,7 @@ def _store_input(name: str, quantizer: Any, tensors: dict[str, Tensor]) -> dict[
 
 
 def _restore_input(name: str, facts: dict[str, Any], tensors: dict[str, Tensor]) -> ActivationQuantizer:
-    cls = {kind.__name__: kind for kind in ACTIVATIONS}[facts["kind"]]
+    cls = _activations()[facts["kind"]]
     values: dict[str, Any] = {key: value for key, value in facts.items() if key != "kind"}
     if "base" in values:
         values["base"] = _restore_input(f"{name}.base", facts["base"], tensors)
@@ -115,16 +108,16 @@ def _restore_input(name: str, facts: dict[str, Any], tensors: dict[str, Tensor])
 
 def store_weight(name: str, weight: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Put a weight's tensors, packed, beside the others; returns what the header has to say of it."""
-    kinds = [kind for kind, cls in KINDS.items() if type(weight) is cls]
+    kinds = [kind for kind, cls in _weights().items() if type(weight) is cls]
     if not kinds:
-        raise TypeError(f"{name}: a {type(weight).__name__} cannot be saved")
+        raise TypeError(f"{name}: a {type(weight).__name__} cannot be saved; mark it with bc.quantizers.base.storable")
     site: dict[str, Any] = {"kind": kinds[0], "values": {}, "packed": {}}
     for field in fields(weight):
         value = getattr(weight, field.name)
         if not isinstance(value, Tensor):
             site["values"][field.name] = value
             continue
-        if field.name == "zero_point" and weight.symmetric:  # known from the bit width
+        if field.name == "zero_point" and getattr(weight, "symmetric", False):  # known from the bit width
             continue
         if field.name == "group" and (size := _run_length(value)):  # known from the group size
             site["columns"], site["group_size"] = len(value), size
@@ -152,21 +145,20 @@ def _packed_bits(field: str, value: Tensor, weight: Any) -> int:
 
 def restore_weight(name: str, site: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
     """A weight from its tensors and what the header says of it."""
-    cls = KINDS[site["kind"]]
+    cls = _weights()[site["kind"]]
     values: dict[str, Any] = dict(site["values"])
     for field in fields(cls):
         key = f"{name}.{field.name}"
         if field.name in site["packed"]:
             how = site["packed"][field.name]
             codes = unpack(tensors[key], how["bits"], tuple(how["shape"]))
-            values[field.name] = codes.float() if field.name == "zero_point" else codes
+            as_found = codes if field.name == "codes" else codes.bool()  # what else is packed was bool
+            values[field.name] = codes.float() if field.name == "zero_point" else as_found
         elif key in tensors:
             values[field.name] = tensors[key].long() if tensors[key].dtype == torch.int32 else tensors[key]
     if "group_size" in site:
         values["group"] = group_index(site["columns"], site["group_size"])
-    if cls in (BinaryWeight, SignWeight):  # everything that they pack is bool
-        values |= {key: values[key].bool() for key in site["packed"]}
-    elif "zero_point" not in values:
+    if "zero_point" not in values and any(field.name == "zero_point" for field in fields(cls)):
         values["zero_point"] = torch.full_like(values["scale"], 2 ** (values["bits"] - 1))
     return cls(**values)
 

@@ -32,7 +32,7 @@ from bc.grid import (
     group_index,
     quantize_weight,
 )
-from bc.quantizers.base import Group, Quantizer, SiteResult
+from bc.quantizers.base import Group, Quantizer, SiteResult, storable
 from bc.settings import Bits
 
 SMALLEST = 1e-4  # magnitudes below this fraction of the largest are raised to it
@@ -40,6 +40,7 @@ CLIP_LOWEST = 0.5
 CLIP_STEPS = 10
 
 
+@storable("scaled")
 @dataclass
 class ScaledWeight:
     """A weight matrix that was scaled by input channel before it was put on a uniform affine grid.

@@ -9,12 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from bc.activations import ActivationQuantizer
 from bc.settings import Bits
+
+T = TypeVar("T")
 
 
 class Quantized(Protocol):
@@ -27,6 +29,24 @@ class Quantized(Protocol):
     def storage_bits(self) -> int:
         """Bits that it takes on disk."""
         ...
+
+
+STORABLE: dict[str, type] = {}
+
+
+def storable(kind: str) -> Callable[[type[T]], type[T]]:
+    """Let artefacts and checkpoints hold a form of quantized weight that a quantizer's own file defines.
+
+    Args:
+        kind: What files call it. The class is a dataclass of tensors and plain values; fields ``codes`` and
+            ``zero_point`` are packed to ``bits`` bits, which then is a field too, and bool tensors to one.
+    """
+
+    def note(cls: type[T]) -> type[T]:
+        STORABLE[kind] = cls
+        return cls
+
+    return note
 
 
 @dataclass

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from bc.errors import QuantizationError, UserError
 from bc.grid import finite
-from bc.quantizers.base import Quantizer, SiteResult
+from bc.quantizers.base import Quantizer, SiteResult, storable
 from bc.quantizers.gptq import MAX_DAMPING, inverse_factor
 from bc.settings import Bits
 
@@ -36,6 +36,7 @@ LOWEST_BREAK, HIGHEST_BREAK = 0.1, 0.9
 CONCENTRATED, SPARSE, SALIENT, RESIDUAL = range(4)  # columns of the scales; the means are those of the first three
 
 
+@storable("binary")
 @dataclass
 class BinaryWeight:
     """A binarized weight matrix.

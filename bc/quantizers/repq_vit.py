@@ -28,7 +28,7 @@ from bc.activations import ActivationQuantizer
 from bc.errors import QuantizationError
 from bc.grid import QuantizedWeight, affine_range, encode, finite, group_index
 from bc.quantizers.awq import ScaledWeight
-from bc.quantizers.base import Quantized, SiteQuantizer, SiteResult, SiteSamples
+from bc.quantizers.base import Quantized, SiteQuantizer, SiteResult, SiteSamples, storable
 from bc.quantizers.base_ptq import FLOAT, check_bits, in_float
 from bc.settings import Bits
 
@@ -37,6 +37,7 @@ NORM_ROLES = ("qkv", "fc1", "reduction")
 SMALLEST_STEP = 1e-5  # of a channel's largest magnitude: keeps its zero point exact in fp32
 
 
+@storable("reparametrised")
 class ReparametrisedWeight(ScaledWeight):
     """A weight on the grid of its columns multiplied by r₁, which the norm before it takes up at no cost."""
 

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from bc.errors import QuantizationError, UserError
 from bc.grid import finite, group_index
-from bc.quantizers.base import Quantizer, SiteResult
+from bc.quantizers.base import Quantizer, SiteResult, storable
 from bc.settings import Bits
 
 
+@storable("sign")
 @dataclass
 class SignWeight:
     """A weight matrix of signs.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from bc import activation_grids, storage
+from bc.activations import ActivationQuantizer
 from bc.checkpoint import DamagedFileError, load_means, load_weights, pack, save_means, save_weights, unpack
 from bc.grid import Grid, quantize_weight
 from bc.pipeline import calibrate, float_means
 from bc.quantizers import create
-from bc.quantizers.base import SiteResult
+from bc.quantizers.base import STORABLE, SiteResult, storable
 from bc.settings import Bits
 from tests.conftest import MAKERS, tiny_model
 
@@ -211,3 +214,37 @@ def test_damaged_means_are_noticed(tmp_path):
     save_weights(path, {}, {})  # a file of ours, but of another kind
     with pytest.raises(DamagedFileError):
         load_means(tmp_path)
+
+
+@dataclass
+class Codebook:
+    """A form of weight that no file of the package knows: indices into a table of values by row."""
+
+    codes: torch.Tensor
+    table: torch.Tensor
+    mask: torch.Tensor
+    bits: int
+
+    def dequantize(self):
+        return self.table.gather(1, self.codes.long()) * self.mask
+
+    def storage_bits(self):
+        return self.codes.numel() * self.bits + self.table.numel() * 32 + self.mask.numel()
+
+
+def test_a_quantizers_own_form_of_weight_can_be_stored_once_it_is_marked(tmp_path, monkeypatch):
+    weight = Codebook(torch.randint(0, 8, (6, 10), dtype=torch.uint8), torch.randn(6, 8), torch.rand(6, 10) > 0.2, 3)
+    with pytest.raises(TypeError, match=r"a Codebook cannot be saved; mark it with bc\.quantizers\.base\.storable"):
+        save_weights(tmp_path / "a", {"x": SiteResult(weight)}, {})
+    monkeypatch.setitem(STORABLE, "codebook", None)  # taken back in the end
+    assert storable("codebook")(Codebook) is Codebook
+    save_weights(tmp_path / "a", {"x": SiteResult(weight)}, {})
+    found = load_weights(tmp_path / "a")[0]["x"].weight
+    assert isinstance(found, Codebook) and found.bits == 3
+    assert torch.equal(found.dequantize(), weight.dequantize())
+
+
+def test_every_activation_quantizer_of_the_package_has_a_file_format():
+    names = {cls.__name__ for cls in vars(activation_grids).values() if isinstance(cls, type)}
+    known = {name for name in names if issubclass(getattr(activation_grids, name), ActivationQuantizer)}
+    assert known <= set(storage._activations())
