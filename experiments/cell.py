@@ -64,10 +64,11 @@ def run_cell(run: RunConfig) -> Outcome:
             host = (store.status() or {}).get("host", "another host")
             return Outcome("busy", name, f"{name}: is being run on {host}; passed over")
         if done := store.result():  # finished while we waited for the lock, or only its checkpoint is wanted
+            outcome = Outcome("skipped", name, f"{name}: complete already, {metrics_line(done)}")
             if keep:
-                keep_checkpoint(run)
-            return Outcome("skipped", name, f"{name}: complete already, {metrics_line(done)}")
-        outcome = _run_locked(run, store)
+                outcome = _keep_locked(run, store) or outcome
+        else:
+            outcome = _run_locked(run, store)
     if outcome.state == "failed":
         gc.collect()  # the traceback kept the cell's tensors and files alive; the sweep goes on
     return outcome
@@ -84,11 +85,7 @@ def _run_locked(run: RunConfig, store: CellStore) -> Outcome:
     except Exception as error:
         store.mark(FAILED, error)
         mirror.fail(error)
-        mistake = isinstance(error, UserError)
-        line = " ".join(str(error).split()) or type(error).__name__
-        if not mistake:
-            line = f"{type(error).__name__}: {line} (traceback in {store.folder}/status.json)"
-        return Outcome("failed", store.slug, line, mistake)
+        return failure(store, error, f"traceback in {store.folder}/status.json")
     except BaseException as error:  # Ctrl-C, SIGTERM: say so and let it pass
         store.mark(INTERRUPTED, error)
         mirror.fail(error)
@@ -96,6 +93,23 @@ def _run_locked(run: RunConfig, store: CellStore) -> Outcome:
     finally:
         mirror.finish()
     return Outcome("complete", store.slug, f"{store.slug}: {metrics_line(result)}")
+
+
+def _keep_locked(run: RunConfig, store: CellStore) -> Outcome | None:
+    """Make the checkpoint of a complete cell, whose result and status stay; says what went wrong, if anything did."""
+    try:
+        with_smaller_batches(run, keep_checkpoint)
+    except Exception as error:
+        log.debug("%s: its checkpoint", store.slug, exc_info=error)
+        return failure(store, error, "its result stays; the checkpoint was not made")
+    return None
+
+
+def failure(store: CellStore, error: Exception, more: str) -> Outcome:
+    """What is told of a failed cell; of an error that is not a mistake with its kind, and more."""
+    mistake = isinstance(error, UserError)
+    line = " ".join(str(error).split()) or type(error).__name__
+    return Outcome("failed", store.slug, line if mistake else f"{type(error).__name__}: {line} ({more})", mistake)
 
 
 def compute(run: RunConfig, mirror: Mirror) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -256,12 +270,13 @@ def write_checkpoint(run: RunConfig, model: Any) -> None:
     log.info("  checkpoint: %s", path.parent)
 
 
-def keep_checkpoint(run: RunConfig) -> None:
-    """Make the checkpoint of a cell that is complete; its result stays as it is."""
+def keep_checkpoint(run: RunConfig) -> tuple[dict[str, Any]]:
+    """Make the checkpoint of a cell that is complete; returns how, as a result would say it."""
     cell, task = run.cell, task_of(run.cell)
     model = task.load(cell)
     quantize(run, model, task.samples(cell), make_engine(run), Stopwatch())
     write_checkpoint(run, model)
+    return ({"provenance": {}},)
 
 
 def _first(windows: Tensor | None, count: int) -> Tensor | None:

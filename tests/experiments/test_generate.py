@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -157,3 +158,19 @@ def test_what_cannot_be_kept_is_refused_first(
     assert workspace.run(*arguments, "save_model=true") == 2
     error = capsys.readouterr().err
     assert line in error and "starts" not in error
+
+
+def test_a_checkpoint_that_cannot_be_made_ends_no_sweep(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The result stays, the next cell is run."""
+    settings = ["-m", "quantizer=rtn", "bits=w4", "bc='off',channel"]
+    assert workspace.run("quantizer=rtn", "bits=w4", "bc='off'") == 0
+    (workspace.results / "checkpoints").write_text("a file where a folder should be")
+    assert workspace.run(*settings, "save_model=true") != 0
+    said = capsys.readouterr()
+    text = said.out + said.err
+    assert "Traceback" not in text
+    assert "its result stays; the checkpoint was not made" in text or "checkpoints" in text
+    statuses = [json.loads(path.read_text())["state"] for path in workspace.results.glob("cells/*/status.json")]
+    assert sorted(statuses) == ["complete", "failed"]
