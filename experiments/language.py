@@ -44,8 +44,7 @@ class LanguageTask:
         for dataset in data.evaluation.datasets:
             text.check(dataset, "test", data.paths)
         target, revision, gguf = models.locate(cell.model.name, cell.model.path)
-        if gguf is None:
-            check_windows(cell, positions(target, revision))
+        check_windows(cell, positions(target, revision) if gguf is None else positions_in_gguf(gguf))
 
     def samples(self, cell: CellConfig) -> Samples:
         """Tokenize the texts that a cell needs."""
@@ -105,6 +104,24 @@ def positions(target: str, revision: str) -> int | None:
     config = _configuration(target, revision)
     found = [config[name] for name in POSITION_FIELDS if isinstance(config.get(name), int)]
     return found[0] if found else None
+
+
+def positions_in_gguf(path: Path) -> int | None:
+    """Longest input of a model, from a GGUF file's header; None where it names none.
+
+    Raises:
+        UserError: The file cannot be read as GGUF.
+    """
+    from gguf import GGUFReader
+
+    try:
+        fields = GGUFReader(path).fields
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise UserError(
+            f"model.path: {str(path)!r} cannot be read as GGUF ({error}); give another file, or a folder"
+        ) from error
+    found = [field for name, field in fields.items() if name.endswith(".context_length")]
+    return int(found[0].contents()) if found else None
 
 
 def _configuration(target: str, revision: str) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import pytest
 from experiments import language
 from experiments.compose import expand
 from experiments.run import main
+from tests.bc.test_models import write_gguf
+from tests.conftest import tiny_model
 from tests.experiments.conftest import Workspace, assert_one_line
 
 MISTAKES = [
@@ -96,3 +98,20 @@ def test_model_name_that_is_a_path(workspace: Workspace, capsys: pytest.CaptureF
     folder: Path = workspace.shared / "llama"
     assert main(["model=custom", f"model.name={folder}", f"results_dir={workspace.results}"]) == 2
     assert "set model.path=" in capsys.readouterr().err
+
+
+def test_windows_are_held_against_a_gguf_files_positions(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """They stand in its header, as those of a folder in its config.json."""
+    model = tmp_path / "tiny.gguf"
+    write_gguf(tiny_model("llama"), model)
+    longest = tiny_model("llama").config.max_position_embeddings
+    assert language.positions_in_gguf(model) == longest
+    assert workspace.run(f"model.path={model}", "quantizer=rtn", f"data.evaluation.window={longest + 1}") == 2
+    error = capsys.readouterr().err
+    assert f"data.evaluation.window: {longest + 1} tokens are more than the {longest} positions" in error
+    assert "starts" not in error
+    model.write_bytes(b"no such format")
+    assert workspace.run(f"model.path={model}", "quantizer=rtn") == 2
+    assert "cannot be read as GGUF" in capsys.readouterr().err
