@@ -102,11 +102,19 @@ def job_config(config: DictConfig, job_overrides: Sequence[str]) -> RunConfig:
     Args:
         config: The job's configuration.
         job_overrides: The job's own overrides; those of the user apply to every cell of an experiment.
+
+    Raises:
+        UserError: It is malformed, or of an experiment and none of its cells.
     """
-    if config.cell is None:
+    if config.cell is None and not config.experiment.cells:
         with one_line_errors():
             return run_config(plain(config))
     count = len(expand(config.experiment.cells))
+    if config.cell is None:  # it would be the default cell under the experiment's name
+        raise UserError(
+            f"cell: none of the {count} cells of {config.experiment.name} is chosen; leave out hydra.mode and "
+            f"hydra.sweeper, which run them all, or set cell to 0 to {count - 1}"
+        )
     if not (isinstance(config.cell, int) and 0 <= config.cell < count):
         raise UserError(
             f"cell: {config.cell} is not allowed; use 0 to {count - 1}, the cells of {config.experiment.name}"
@@ -146,11 +154,16 @@ def load_experiment(name: str, user_overrides: Sequence[str] = ()) -> tuple[Dict
 
 
 def refuse_lists(overrides: Sequence[str]) -> None:
-    """Refuse a list of options of one group, which Hydra would merge so that the last wins.
+    """Refuse a list of options of one group, which Hydra would merge so that the last wins, and several experiments.
 
     Raises:
         UserError: Naming the group.
     """
+    experiments = [found[1] for text in overrides if (found := re.match(r"\+{0,2}experiment=(.*)", text))]
+    if len(experiments) > 1 or any(re.search(r"[,(\[]", value) for value in experiments):
+        raise UserError(
+            f"experiment: {' '.join(experiments)} is several experiments; run one after the other, +experiment=NAME"
+        )
     for text in overrides:
         if found := re.match(r"\+{0,2}(model|quantizer|bits|bc|data)=\[([^]]*)\]$", text):
             group, options = found[1], found[2].replace(" ", "")
@@ -234,7 +247,7 @@ def _known(error: BaseException) -> UserError | None:
         return unknown("setting", key, allowed) if allowed else UserError(f"{key}: is not a setting")
     if found := re.search(r"Ambiguous value for argument '(\S+?)=(\S+)'", text):
         key, value = found.groups()
-        other = "" if options_of(key) else f", or write {key}=[{value}]"
+        other = f", or write {key}=[{value}]" if takes_list(key) else ""
         return UserError(f"{key}: {value} is several values; add -m for a sweep over them{other}")
     if found := re.search(r"Error parsing override '([^']*)'", text):
         return UserError(f"override {found.group(1)!r} is not understood; write key=value")
@@ -251,6 +264,12 @@ def options_of(group: str) -> list[str]:
     with hydra_ready():
         loader = GlobalHydra.instance().config_loader()
         return list(loader.get_group_options(group))
+
+
+def takes_list(key: str) -> bool:
+    """Whether a setting is a list in the default configuration."""
+    with hydra_ready():
+        return isinstance(OmegaConf.select(compose(CONFIG_NAME), key, throw_on_missing=False), ListConfig)
 
 
 def settings_beside(key: str) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from bc import device as devices
@@ -62,6 +63,7 @@ def job(config: DictConfig) -> None:
 
 def _run(config: DictConfig, overrides: list[str]) -> Outcome:
     try:
+        refuse_launcher()
         run = job_config(config, overrides)
         with one_line_disk_errors():  # before the cell could say "running"
             outcome = run_cell(run)
@@ -70,6 +72,19 @@ def _run(config: DictConfig, overrides: list[str]) -> Outcome:
     outcome = replace(outcome, line=redact(outcome.line))
     say(outcome)
     return outcome
+
+
+def refuse_launcher() -> None:
+    """Refuse a launcher for a single run, for which Hydra would not use it.
+
+    Raises:
+        UserError: One is asked for, and this is no sweep.
+    """
+    hydra = HydraConfig.get()
+    asked = any(override.startswith("hydra/launcher=") for override in hydra.overrides.hydra)
+    if asked and hydra.mode == RunMode.RUN and hydra.runtime.choices["hydra/launcher"] != "basic":
+        chosen = hydra.runtime.choices["hydra/launcher"]
+        raise UserError(f"hydra/launcher: {chosen} is for sweeps, and this is a single run; add -m, or leave it out")
 
 
 def say(outcome: Outcome) -> None:
