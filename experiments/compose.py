@@ -16,7 +16,13 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    ValidationError,
+)
 
 from bc.errors import UserError, unknown
 from experiments.config import RunConfig, run_config
@@ -243,8 +249,12 @@ def _known(error: BaseException) -> UserError | None:
             return UserError(
                 f"{key}: is not a setting of the chosen quantizer; its file in conf/quantizer has them all"
             )
-        allowed = settings_beside(key)
+        allowed = launcher_settings(error) if key.startswith("hydra.launcher.") else settings_beside(key)
         return unknown("setting", key, allowed) if allowed else UserError(f"{key}: is not a setting")
+    if isinstance(error, ValidationError) and error.full_key:
+        what = text.partition("\n")[0]
+        mend = f'; write {error.full_key}=["…"]' if "is not a ListConfig" in what else ""
+        return UserError(f"{error.full_key}: {error.value!r} is not allowed ({what}){mend}")
     if found := re.search(r"Ambiguous value for argument '(\S+?)=(\S+)'", text):
         key, value = found.groups()
         other = f", or write {key}=[{value}]" if takes_list(key) else ""
@@ -270,6 +280,13 @@ def takes_list(key: str) -> bool:
     """Whether a setting is a list in the default configuration."""
     with hydra_ready():
         return isinstance(OmegaConf.select(compose(CONFIG_NAME), key, throw_on_missing=False), ListConfig)
+
+
+def launcher_settings(error: OmegaConfBaseException) -> list[str]:
+    """Dotted names of the chosen launcher's settings, from the error of one that it does not have."""
+    node = error.parent_node
+    names = [str(name) for name in node] if isinstance(node, DictConfig) else []
+    return [f"hydra.launcher.{name}" for name in names if not name.startswith("_")]
 
 
 def settings_beside(key: str) -> list[str]:

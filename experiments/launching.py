@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import shutil
 import subprocess
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
+from omegaconf.errors import ValidationError
 
 from bc import device as devices
 from bc.errors import UserError
@@ -41,11 +44,16 @@ def run_locally(
         overrides: Of every job.
         first: Number of the first job.
         at_once: Most processes at a time; None is one a GPU, and one where there is none.
+
+    Raises:
+        UserError: A setting of the launcher is malformed.
     """
     gpus = devices.visible()
+    if at_once is not None and (not isinstance(at_once, int) or isinstance(at_once, bool) or at_once < 1):
+        raise UserError(
+            f"cells_at_once: {at_once!r} is not allowed; use a whole number of 1 or more, or null for one a GPU"
+        )
     slots = at_once if at_once is not None else max(1, len(gpus))
-    if slots < 1:
-        raise UserError(f"cells_at_once: {slots} is not allowed; use 1 or more, or null for one a GPU")
     if launcher.config.engine.device not in devices.ANY:
         gpus = []  # a certain device was asked for: every process sees them all
     # all cores for each of several processes would be too many threads; OMP_NUM_THREADS is the user's own choice
@@ -75,10 +83,20 @@ def run_locally(
 
 
 def run_on_slurm(launcher: Any, overrides: Sequence[Sequence[str]], first: int) -> Sequence[JobReturn]:
-    """Submit jobs as one array and wait for all of them; arguments as above."""
+    """Submit jobs as one array and wait for all of them; arguments as above.
+
+    Raises:
+        UserError: There is no Slurm here, a setting of the launcher is malformed, or Slurm refuses the jobs.
+    """
+    for program in ("srun", "sbatch"):
+        if shutil.which(program) is None:
+            raise UserError(
+                f"hydra/launcher: slurm needs the program {program!r}, which is not found; run this on a node of the "
+                f"cluster from which jobs are submitted, or use hydra/launcher=local"
+            )
     executor = make_executor(launcher)
     arguments = [job_arguments(own, number) for number, own in enumerate(overrides, first)]
-    jobs = executor.map_array(launcher, *zip(*arguments, strict=True))
+    jobs = submitted(executor, launcher, arguments)
     log.info("Slurm array %s: %d cells", jobs[0].job_id.partition("_")[0], len(jobs))
     for number, job in enumerate(jobs, first):
         wait_for_slurm(job)
@@ -87,6 +105,24 @@ def run_on_slurm(launcher: Any, overrides: Sequence[Sequence[str]], first: int) 
                 later.cancel(check=False)
             break
     return [nothing(own) for own in overrides]
+
+
+def submitted(executor: Any, launcher: Any, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """The jobs of one array.
+
+    Raises:
+        UserError: Slurm refuses them, with what it says.
+    """
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    try:
+        with redirect_stderr(io.StringIO()):  # submitit prints what it puts into its error, too
+            jobs: list[Any] = executor.map_array(launcher, *zip(*arguments, strict=True))
+    except (FailedJobError, FailedSubmissionError) as error:
+        said = " ".join(str(error).split())
+        line = f"hydra.launcher: Slurm does not take the jobs: {said}; mend the setting that it names"
+        raise UserError(line) from error
+    return jobs
 
 
 def wait_for_slurm(job: Any) -> None:
@@ -113,7 +149,11 @@ def is_over(job: str) -> bool:
 
 
 def make_executor(launcher: Any) -> Any:
-    """The submitit executor with the launcher's settings, named as submitit wants them."""
+    """The submitit executor with the launcher's settings, named as submitit wants them.
+
+    Raises:
+        UserError: A setting is malformed.
+    """
     import submitit
     from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 
@@ -123,7 +163,16 @@ def make_executor(launcher: Any) -> Any:
     own = {f"{kind}_{key}": settings.pop(key) for key in EXECUTOR_ARGUMENTS if key in settings}
     executor = submitit.AutoExecutor(settings.pop("submitit_folder"), cluster=kind, **own)
     shared = OmegaConf.structured(BaseQueueConf)  # what submitit calls by one name for every kind of cluster
-    executor.update_parameters(**{k if k in shared else f"{kind}_{k}": v for k, v in settings.items()})
+    for key in settings.keys() & set(shared):
+        try:
+            OmegaConf.update(shared, key, settings[key])
+        except ValidationError as error:
+            why = str(error).partition("\n")[0]
+            raise UserError(f"hydra.launcher.{key}: {settings[key]!r} is not allowed ({why})") from error
+    try:
+        executor.update_parameters(**{k if k in shared else f"{kind}_{k}": v for k, v in settings.items()})
+    except (NameError, AssertionError) as error:  # a setting that was added with "+", unknown or of another type
+        raise UserError(f"hydra.launcher: {' '.join(str(error).split())}; leave that setting out") from error
     return executor
 
 

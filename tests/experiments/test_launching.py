@@ -12,7 +12,7 @@ import pytest
 from bc import device as devices
 from experiments.run import tidy
 from tests.experiments import faulty
-from tests.experiments.conftest import Workspace
+from tests.experiments.conftest import Workspace, assert_one_line
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
 SWEEP = ("-m", "quantizer=rtn", "bits=w3,w4", "bc='off'", "hydra/launcher=local")
@@ -70,3 +70,53 @@ def test_a_stopped_launcher_stops_its_processes(
     assert "Traceback" not in errors
     faulty.wait_until(lambda: not Path(f"/proc/{process}").exists())
     assert states(workspace) == {"w3": "interrupted"}
+
+
+LOCAL, SLURM = "hydra/launcher=local", "hydra/launcher=slurm"
+MISTAKES = [
+    ([LOCAL, "cells_at_once=two"], "cells_at_once: 'two' is not allowed", "1 or more"),
+    ([LOCAL, "cells_at_once=1.5"], "cells_at_once: 1.5 is not allowed", "1 or more"),
+    ([LOCAL, "cells_at_once=0"], "cells_at_once: 0 is not allowed", "1 or more"),
+    ([LOCAL, "hydra.launcher.timeout_min=abc"], "hydra.launcher.timeout_min: 'abc' is not allowed", "Integer"),
+    ([LOCAL, "+hydra.launcher.partition=gpu"], "hydra.launcher: ", "partition"),
+    ([SLURM, "hydra.launcher.gpus_per_node=two"], "hydra.launcher.gpus_per_node: 'two' is not allowed", "Integer"),
+    ([SLURM, "hydra.launcher.setup='module load cuda'"], "hydra.launcher.setup: 'module load cuda'", 'setup=["…"]'),
+    ([SLURM, "hydra.launcher.partiton=gpu"], "'hydra.launcher.partiton' is not known", "'hydra.launcher.partition'?"),
+    ([SLURM, "hydra.launcher.partition=gpuu"], "Slurm does not take the jobs", "invalid partition specified: gpuu"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "start", "mend"), MISTAKES, ids=[" ".join(m[0]) for m in MISTAKES])
+def test_a_mistake_in_a_launcher_is_one_line(
+    workspace: Workspace,
+    tmp_path: Path,
+    arguments: list[str],
+    start: str,
+    mend: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "srun").write_text("#!/bin/sh\n")
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho sbatch: error: invalid partition specified: gpuu >&2\nexit 1\n")
+    for name in ("srun", "sbatch"):
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert workspace.run("-m", *arguments) == 2
+    assert_one_line(capsys, start, mend)
+    assert workspace.cells() == []
+
+
+@pytest.mark.parametrize("missing", ["srun", "sbatch"])
+def test_no_slurm_is_one_line(
+    workspace: Workspace,
+    tmp_path: Path,
+    missing: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = tmp_path / {"srun": "sbatch", "sbatch": "srun"}[missing]
+    other.write_text("#!/bin/sh\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert workspace.run("-m", SLURM) == 2
+    assert_one_line(capsys, f"hydra/launcher: slurm needs the program {missing!r}", "hydra/launcher=local")
