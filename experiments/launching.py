@@ -23,7 +23,7 @@ from omegaconf.errors import ValidationError
 from bc import device as devices
 from bc.errors import UserError
 from experiments.store import write_json
-from experiments.sweep import DEVICE, OUTCOME, THREADS, Outcome, read_outcome, say
+from experiments.sweep import DEVICE, OUTCOME, THREADS, Outcome, forget, read_outcome, say
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def run_locally(
     # all cores for each of several processes would be too many threads; OMP_NUM_THREADS is the user's own choice
     shared = slots > 1 and "OMP_NUM_THREADS" not in os.environ
     threads = str(max(1, devices.cores() // slots)) if shared else None
-    executor = make_executor(launcher)
+    executor = make_executor(launcher, first)
     errors = Path(str(launcher.config.hydra.sweep.dir)) / "submitit.log"
     waiting = deque(enumerate(overrides, first))
     running: dict[int, tuple[int, Any]] = {}
@@ -94,7 +94,7 @@ def run_on_slurm(launcher: Any, overrides: Sequence[Sequence[str]], first: int) 
                 f"hydra/launcher: slurm needs the program {program!r}, which is not found; run this on a node of the "
                 f"cluster from which jobs are submitted, or use hydra/launcher=local"
             )
-    executor = make_executor(launcher)
+    executor = make_executor(launcher, first)
     arguments = [job_arguments(own, number) for number, own in enumerate(overrides, first)]
     jobs = submitted(executor, launcher, arguments)
     log.info("Slurm array %s: %d cells", jobs[0].job_id.partition("_")[0], len(jobs))
@@ -148,8 +148,12 @@ def is_over(job: str) -> bool:
     return not set(found.stdout.split()) & GOING_ON
 
 
-def make_executor(launcher: Any) -> Any:
-    """The submitit executor with the launcher's settings, named as submitit wants them.
+def make_executor(launcher: Any, first: int) -> Any:
+    """The submitit executor with the launcher's settings, named as submitit wants them, and a folder for its files.
+
+    Args:
+        launcher: The Hydra launcher, set up.
+        first: Number of the first job; a sweep may come in parts.
 
     Raises:
         UserError: A setting is malformed.
@@ -159,6 +163,8 @@ def make_executor(launcher: Any) -> Any:
 
     folder = Path(str(launcher.config.hydra.sweep.dir))
     folder.mkdir(parents=True, exist_ok=True)
+    if first == 0:
+        forget(folder)
     kind, settings = launcher._EXECUTOR, dict(launcher.params)
     own = {f"{kind}_{key}": settings.pop(key) for key in EXECUTOR_ARGUMENTS if key in settings}
     executor = submitit.AutoExecutor(settings.pop("submitit_folder"), cluster=kind, **own)

@@ -37,12 +37,12 @@ class State:
     stopped: ClassVar[bool] = False  # a cell failed and on_error=raise: the remaining jobs do nothing
     said: ClassVar[set[str]] = set()  # errors that have been told
     ran: ClassVar[bool] = False  # a job was run in this process
-    unwritten: ClassVar[list[Outcome]] = []  # outcomes of this process for which the disk had no room
+    own: ClassVar[list[Outcome]] = []  # what came of the jobs that were run in this process
 
     @classmethod
     def reset(cls) -> None:
         """Forget an earlier sweep of this process."""
-        cls.outcomes, cls.stopped, cls.said, cls.ran, cls.unwritten = None, False, set(), False, []
+        cls.outcomes, cls.stopped, cls.said, cls.ran, cls.own = None, False, set(), False, []
 
 
 def job(config: DictConfig) -> None:
@@ -51,12 +51,12 @@ def job(config: DictConfig) -> None:
     take_share()
     hydra = HydraConfig.get()
     outcome = Outcome("not run") if State.stopped else _run(config, list(hydra.overrides.task))
+    State.own.append(outcome)
     try:
         write_json(Path(hydra.runtime.output_dir) / OUTCOME, asdict(outcome))
     except OSError as error:
         if disk_error(error) is None:
-            raise
-        State.unwritten.append(outcome)  # the sweep goes on: what it has to say of the disk has been said
+            raise  # otherwise the sweep goes on: what it has to say of the disk has been said
     if outcome.state == "failed" and config.on_error == "raise":
         State.stopped = True
 
@@ -112,8 +112,19 @@ class Collect(Callback):
 
 
 def collect(folder: Path) -> list[Outcome]:
-    """Outcomes below a run's or sweep's folder, and those that could not be written."""
-    return State.unwritten + [outcome for path in sorted(folder.rglob(OUTCOME)) if (outcome := read_outcome(path))]
+    """Outcomes of the jobs of this process; where it only launched them, those that they left in a sweep's folder."""
+    return State.own or [outcome for path in outcome_files(folder) if (outcome := read_outcome(path))]
+
+
+def outcome_files(folder: Path) -> list[Path]:
+    """What the jobs of a sweep left in their numbered folders; below an odd one others' sweeps may lie."""
+    return sorted(path for path in folder.glob(f"*/{OUTCOME}") if path.parent.name.isdigit())
+
+
+def forget(folder: Path) -> None:
+    """Remove what an earlier sweep left in the same folder, or it would be taken for what came of this one."""
+    for path in outcome_files(folder):
+        path.unlink(missing_ok=True)
 
 
 def read_outcome(path: Path) -> Outcome | None:

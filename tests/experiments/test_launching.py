@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from bc import device as devices
 from experiments.run import tidy
+from experiments.store import write_json
+from experiments.sweep import OUTCOME, Outcome
 from tests.experiments import faulty
 from tests.experiments.conftest import Workspace, assert_one_line
 
@@ -36,6 +39,22 @@ def test_a_killed_job_is_one_failed_cell(workspace: Workspace, tmp_path: Path) -
     assert states(workspace) == {"w3": "running", "w4": "complete"}
     assert workspace.run(*SWEEP[:-1]) == 0
     assert set(states(workspace).values()) == {"complete"}
+
+
+def test_what_an_earlier_sweep_left_in_the_same_folder_does_not_count(workspace: Workspace, tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    for number, old in ((0, "complete"), (1, "failed"), (2, "failed")):
+        write_json(folder / str(number) / OUTCOME, asdict(Outcome(old, "", "an earlier sweep's")))
+    assert workspace.run(*SWEEP[:-1], f"hydra.sweep.dir={folder}") == 0
+    flag = tmp_path / "flag"
+    fault = {"place": "evaluating", "when": ["bits=w3"], "flag": flag}
+    more = (f"hydra.sweep.dir={folder}", "data.evaluation.limit=7")
+    sweep = faulty.start(tidy(workspace.arguments("llama", *SWEEP, *more)), fault)
+    os.kill(int(faulty.wait_until(lambda: flag.exists() and flag.read_text(), sweep)), signal.SIGKILL)
+    output, errors = sweep.communicate(timeout=faulty.PATIENCE)
+    assert sweep.returncode == 1
+    assert "error: cell 0 of the sweep: its process died" in errors
+    assert "1 complete, 1 failed" in output
 
 
 def test_each_process_has_a_gpu_and_threads_of_its_own(
