@@ -135,8 +135,12 @@ def compare(
         results: By the hash of the cell.
         seeds: Those to look for.
         plain: :func:`scored` → hash of a cell without compensation; a quantizer without data has one for all seeds.
+
+    Raises:
+        UserError: They have scores of other samples.
     """
-    differences, bits = [], []
+    differences: list[NDArray[np.float64]] = []
+    bits: list[float] = []
     for seed in seeds:
         mine = with_seed(cell, seed)
         base = replace(mine, bc=against)
@@ -146,6 +150,11 @@ def compare(
         if any(dataset not in result.get("outcomes", {}) for result in pair):
             continue
         one, two = (values_of(result["outcomes"][dataset]) for result in pair)
+        if len({len(scores) for scores in (one, two, *differences)}) > 1:
+            raise UserError(
+                f"compare: {dataset}: {bc_name(mine)} and {bc_name(base)} were not scored on the same test samples at "
+                f"all seeds ({len(one)} and {len(two)} at seed {seed}); run the cells of that seed again"
+            )
         differences.append(one - two)
         bits.append(pair[0]["bits_per_weight"] - pair[1]["bits_per_weight"])
     if not differences:

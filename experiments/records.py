@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,11 @@ COLUMNS = (
 )
 KEY = ("experiment", "cell", "dataset", "metric")
 NUMERIC = ("w_bits", "a_bits", "group_size", "calibration_samples", "seed")
+WHOLE = ("w_bits", "a_bits", "group_size", "test_samples", "seed")
+MAYBE = (  # a number, or empty
+    *("calibration_samples", "bits_per_weight", "error_before", "error_after", "peak_memory_mb"),
+    *("bias_parameters", "seconds_quantize", "seconds_bc", "seconds_evaluate", "damping_retries"),
+)
 FILE = "cells.csv"
 
 Row = dict[str, str]
@@ -77,19 +82,52 @@ def _text(value: Any) -> str:
     return repr(value) if isinstance(value, float) else str(value)  # repr: full precision
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Rows of a cells.csv; none where there is no file.
+def read_csv(path: Path, columns: Sequence[str], check: Callable[[Row], None]) -> list[Row]:
+    """Rows of a file of ours; none where there is no file.
+
+    Args:
+        path: The file.
+        columns: Those that it is to have.
+        check: Raises ValueError for a row that is none.
 
     Raises:
-        UserError: The columns are not those of cells.csv.
+        UserError: The columns are others, or a line is no row: the marks of a merge, for example.
     """
     if not path.exists():
         return []
     with path.open(encoding="utf8", newline="") as stream:
         reader = csv.DictReader(stream)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise UserError(f"{path}: its columns are not those of cells.csv; restore the file from version control")
-        return list(reader)
+        rows = []
+        try:
+            if tuple(reader.fieldnames or ()) != tuple(columns):
+                raise ValueError(f"its columns are not those of {path.name}")
+            for row in reader:
+                if None in row or None in row.values():
+                    raise ValueError(f"it has not {len(columns)} fields")
+                check(row)
+                rows.append(row)
+        except (ValueError, csv.Error) as error:
+            where = f"line {reader.line_num}"
+            raise UserError(f"{path}: {where}: {error}; restore the file from version control") from error
+    return rows
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a cells.csv; none where there is no file.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    return read_csv(path, COLUMNS, _check)
+
+
+def _check(row: Row) -> None:
+    kinds = dict.fromkeys(WHOLE, int) | dict.fromkeys(("value", *MAYBE), float)
+    for name, kind in kinds.items():
+        try:
+            kind(row[name] if row[name] or name not in MAYBE else "0")
+        except ValueError:
+            raise ValueError(f"{name} {row[name][:40]!r} is not a number") from None
 
 
 def merge(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:

@@ -10,17 +10,22 @@ from __future__ import annotations
 
 import csv
 import io
+import math
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from bc.errors import UserError
-from experiments.records import FILE, read_rows, write_text
+from bc.evaluation import perplexity_of
+from experiments.records import FILE, Row, read_csv, read_rows, write_text
 
 FOLDER = "scores"
 COLUMNS = ("cell", "dataset", "unit", "samples", "scores")
 NATS, CORRECT = "nats", "correct"
+METRICS = {NATS: "perplexity", CORRECT: "top1"}  # what they make on the mean
+TOLERANCE = 1e-6  # relative, of that
 
 Scores = dict[tuple[str, str], dict[str, str]]
 
@@ -40,14 +45,33 @@ def decode(row: dict[str, str]) -> Any:
     Raises:
         ValueError: The row has not as many scores as it says, or they are not scores.
     """
-    samples, text = int(row["samples"]), row["scores"]
-    if row["unit"] == CORRECT:
+    samples, text, unit = int(row["samples"]), row["scores"], row["unit"]
+    if unit == CORRECT:
+        if len(text) != -(-samples // 4) or not re.fullmatch("[0-9a-f]+", text):
+            raise ValueError(f"{len(text)} characters are not the hexadecimal digits of {samples} images")
         outcome: Any = f"{int(text, 16):0{4 * len(text)}b}"[:samples]
-    else:
+    elif unit == NATS:
         outcome = [float(word) for word in text.split()]
-    if len(outcome) != samples:
+    else:
+        raise ValueError(f"the unit {unit!r} is not known")
+    if len(outcome) != samples or not samples:
         raise ValueError(f"{len(outcome)} scores instead of {samples}")
     return outcome
+
+
+def check_value(outcome: Any, row: Row | None) -> None:
+    """Refuse an outcome that is not what a row of cells.csv was computed from.
+
+    Raises:
+        ValueError: It has another mean or number of samples, or there is no such row.
+    """
+    if row is None:
+        raise ValueError("cells.csv has no value of that unit")
+    value = 100 * outcome.count("1") / len(outcome) if isinstance(outcome, str) else perplexity_of(outcome)
+    if len(outcome) != int(row["test_samples"]):
+        raise ValueError(f"{len(outcome)} scores, and cells.csv has {row['test_samples']} test samples")
+    if not math.isclose(value, float(row["value"]), rel_tol=TOLERANCE):
+        raise ValueError(f"the scores make a {row['metric']} of {value:.8g}, and cells.csv has {row['value']}")
 
 
 def path_of(results: Path, experiment: str) -> Path:
@@ -59,16 +83,10 @@ def read_scores(path: Path) -> Scores:
     """Rows of a file by cell and data set; none where there is no file.
 
     Raises:
-        UserError: The columns are not those of such a file.
+        UserError: The file is damaged.
     """
-    if not path.exists():
-        return {}
     csv.field_size_limit(sys.maxsize)  # of 50,000 images a row has 12,500 digits, of a long text more than 131,072
-    with path.open(encoding="utf8", newline="") as stream:
-        reader = csv.DictReader(stream)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise UserError(f"{path}: its columns are not {', '.join(COLUMNS)}; restore the file from version control")
-        return {(row["cell"], row["dataset"]): row for row in reader}
+    return {(row["cell"], row["dataset"]): row for row in read_csv(path, COLUMNS, lambda row: None)}
 
 
 def write_scores(path: Path, results: Iterable[dict[str, Any]]) -> None:
@@ -95,16 +113,19 @@ def kept_results(results: Path, experiment: str) -> dict[str, dict[str, Any]]:
     """What a comparison needs of every cell of an experiment whose scores are kept, by the cell's hash.
 
     Raises:
-        UserError: A row cannot be read.
+        UserError: A row cannot be read, or does not go with cells.csv.
     """
     path, found = path_of(results, experiment), dict[str, dict[str, Any]]()
-    facts = {row["cell"]: row for row in read_rows(results / FILE) if row["experiment"] == experiment}
+    rows = [row for row in read_rows(results / FILE) if row["experiment"] == experiment]
+    facts = {row["cell"]: row for row in rows}
+    values = {(row["cell"], row["dataset"], row["metric"]): row for row in rows}
     for (cell, dataset), row in read_scores(path).items():
         if cell not in facts:
             continue
         try:
             outcome = decode(row)
-        except (ValueError, TypeError) as error:
+            check_value(outcome, values.get((cell, dataset, METRICS[row["unit"]])))
+        except ValueError as error:
             raise UserError(
                 f"{path}: {dataset} of cell {cell[:8]}: {error}; restore the file from version control"
             ) from error

@@ -10,10 +10,13 @@ from __future__ import annotations
 import statistics
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from experiments.arguments import EXPERIMENT, OVERRIDES, reading_command
 from experiments.compose import load_experiment
@@ -28,6 +31,7 @@ from experiments.status import state_of
 from experiments.store import CellStore, all_results
 
 REASON_LENGTH = 60
+LOCK = ".tables.lock"  # below the results directory
 PUBLISHED = Path(__file__).parent.parent / "results" / "published"
 
 
@@ -139,6 +143,19 @@ def reason(store: CellStore) -> str:
     return {"waiting": "not run", "complete": "not in cells.csv"}.get(state, state)
 
 
+@contextmanager
+def one_at_a_time(results: Path) -> Iterator[None]:
+    """Keep other processes from rebuilding in the same results directory meanwhile.
+
+    Where no lock can be had, as in a folder that may only be read, it is for the writing to say so.
+    """
+    with ExitStack() as held:
+        with suppress(OSError):
+            results.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(results / LOCK))
+        yield
+
+
 def rebuild(name: str, overrides: Sequence[str], results: Path, source: str = "files") -> list[Path]:
     """Bring cells.csv up to date for an experiment and write its table.
 
@@ -160,9 +177,11 @@ def rebuild(name: str, overrides: Sequence[str], results: Path, source: str = "f
     else:
         found = all_results(results)
     new = new_results(runs, found, name)
-    rows = merge(read_rows(results / FILE), [row for result in new for row in rows_of(result, name, section.suite)])
-    write_rows(results / FILE, rows)
-    write_scores(path_of(results, name), new)
+    own = [row for result in new for row in rows_of(result, name, section.suite)]
+    with one_at_a_time(results):
+        rows = merge(read_rows(results / FILE), own)
+        write_rows(results / FILE, rows)
+        write_scores(path_of(results, name), new)
     published = PublishedTable(PUBLISHED / section.published if section.published else None)
     lines = table_lines(cells, rows, name, published, results)
     return [results / FILE, *write_table(results / "tables" / name, section.title or name, lines)]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from bc.errors import UserError
 from bc.settings import Compensation
 from experiments.compare import compare, interval, main, rows_of, scored, values_of
 from experiments.compose import compose_run, hydra_ready
@@ -71,6 +72,20 @@ def test_a_quantizer_without_data_has_one_baseline() -> None:
         results[cell_hash(base)] = {"outcomes": {"d": [1.5, 2.5]}, "bits_per_weight": 3}
         found = compare(cell, Compensation(), "d", results, [0, 1], {scored(base): cell_hash(base)})
         assert found is not None and (found.seeds, found.difference) == (expected, -0.5)
+
+
+def test_scores_of_other_samples_are_refused() -> None:
+    usual = ["model=smollm2_135m", "quantizer=gptq", "bits=w3", "data=embedded_demo"]
+    with hydra_ready():
+        cell, base = (compose_run([*usual, f"bc={name}"]).cell for name in ("sink", "'off'"))
+    for lengths in ({0: (2, 3)}, {0: (2, 2), 1: (3, 3)}):
+        results = {
+            cell_hash(with_seed(c, seed)): {"outcomes": {"d": [1.0] * length}, "bits_per_weight": 4}
+            for seed, pair in lengths.items()
+            for c, length in zip((cell, base), pair, strict=True)
+        }
+        with pytest.raises(UserError, match=r"compare: d: .* not scored on the same test samples"):
+            compare(cell, Compensation(), "d", results, [0, 1], {})
 
 
 FAST = ["model=tiny_vit", "data=embedded_vision", "data.evaluation.limit=60", "data.calibration.samples=8"]

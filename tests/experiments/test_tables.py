@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from experiments import figures, status, tables, wandb_logger
 from experiments.compose import load_experiment
 from experiments.records import COLUMNS, merge, read_rows, write_rows
 from experiments.run import main
+from experiments.store import try_lock
 from tests.committed import ROOT
-from tests.experiments.conftest import Workspace
+from tests.experiments.conftest import Workspace, assert_one_line
 
 
 def tiny(workspace: Workspace) -> list[str]:
@@ -131,8 +132,8 @@ def test_difference_from_published() -> None:
 
 
 def test_rows_without_files_stay(tmp_path: Path) -> None:
-    old = dict.fromkeys(COLUMNS, "") | {"experiment": "other", "cell": "aa", "w_bits": "10", "seed": "0"}
-    new = dict.fromkeys(COLUMNS, "") | {"experiment": "other", "cell": "bb", "w_bits": "9", "seed": "0"}
+    old = dict.fromkeys(COLUMNS, "0") | {"experiment": "other", "cell": "aa", "w_bits": "10"}
+    new = dict.fromkeys(COLUMNS, "0") | {"experiment": "other", "cell": "bb", "w_bits": "9"}
     write_rows(tmp_path / "cells.csv", [old])
     merged = merge(read_rows(tmp_path / "cells.csv"), [new, old | {"value": "0.1"}])
     assert [row["cell"] for row in merged] == ["bb", "aa"]
@@ -144,6 +145,52 @@ def test_foreign_cells_csv_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     assert tables.main(["demo", "--results", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: ")
     assert (tmp_path / "cells.csv").read_text() == "a,b\n1,2\n"
+
+
+GOOD = dict.fromkeys(COLUMNS, "0") | {"experiment": "other", "calibration_samples": "", "value": "inf"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda text: f"{text}<<<<<<< HEAD\n", "line 3: it has not 31 fields"),
+        (lambda text: text + text.splitlines()[1] + ",0\n", "line 3: it has not 31 fields"),
+        (lambda text: text.replace("inf", "many"), "line 2: value 'many' is not a number"),
+        (lambda text: text.replace("inf", ""), "line 2: value '' is not a number"),
+        (lambda text: text.replace(",inf,0,0,", ",inf,0,0.5,"), "line 2: seed '0.5' is not a number"),
+        (lambda text: f"<<<<<<< HEAD\n{text}", "its columns are not those of cells.csv"),
+        (lambda text: text.replace("other", "\udcff"), "codec can't decode"),
+    ],
+)
+def test_a_damaged_cells_csv_is_refused(
+    tmp_path: Path, damage: Callable[[str], str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "cells.csv"
+    write_rows(path, [GOOD])
+    assert read_rows(path) == [GOOD]
+    path.write_text(damage(path.read_text()), errors="surrogateescape")
+    before = path.read_bytes()
+    assert tables.main(["demo", "--results", str(tmp_path)]) == 2
+    assert_one_line(capsys, str(path), said, "restore the file from version control")
+    assert path.read_bytes() == before
+
+
+def test_two_tables_at_once_lose_no_rows(demo: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else comes in between reading and writing."""
+    workspace, free = copy(demo, tmp_path), []
+
+    def probed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            with try_lock(workspace.results / tables.LOCK, 0) as was_free:
+                free.append(was_free)
+            return function(*arguments)
+
+        return call
+
+    for name in ("read_rows", "write_rows", "write_scores"):
+        monkeypatch.setattr(tables, name, probed(getattr(tables, name)))
+    assert build(workspace) == 0
+    assert free == [False] * 3
 
 
 def test_unknown_experiment(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
