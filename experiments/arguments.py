@@ -96,7 +96,9 @@ def reading_command(
     try:
         if "overrides" in options:
             options.overrides = _told(options.overrides)
-        with one_line_disk_errors("--results"):
+        if options.results.exists() and not options.results.is_dir():
+            raise UserError(f"--results: {str(options.results)!r} is not a folder; name the results directory")
+        with one_line_disk_errors("--results", options.results):
             for line in act(options):
                 print(line)
     except UserError as error:

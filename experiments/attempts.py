@@ -32,7 +32,7 @@ def with_smaller_batches(run: RunConfig, compute: Callable[[RunConfig], T]) -> T
         try:
             values = compute(run)
         except Exception as error:
-            if isinstance(error, OSError) and (known := disk_error(error)):
+            if isinstance(error, OSError) and (known := disk_error(error, results=run.results)):
                 raise known from error
             if not devices.is_out_of_memory(error):
                 raise

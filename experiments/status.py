@@ -31,12 +31,14 @@ STATES = (COMPLETE, RUNNING, FAILED, INTERRUPTED, WAITING)
 def state_of(store: CellStore) -> tuple[str, str]:
     """State of a cell and a detail: metrics, host, last line of the error. Changes nothing on the disk."""
     path = store.folder / RESULT
-    if path.exists():
-        try:
+    try:
+        if path.exists():
             return COMPLETE, metrics_line(check_result(read_json(path), RESULT))
-        except InvalidResultError as error:
-            return FAILED, f"unreadable result, the next run makes it again: {error}"
-    status = store.status()
+        status = store.status()
+    except InvalidResultError as error:
+        return FAILED, f"unreadable result, the next run makes it again: {error}"
+    except OSError as error:
+        return FAILED, f"its files cannot be read: {error.strerror} ({error.filename})"
     if status is None:
         return WAITING, ""
     where = f"on {status.get('host')} (process {status.get('pid')}), since {status.get('started')}"

@@ -56,12 +56,14 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        InvalidResultError: It cannot be parsed.
+        InvalidResultError: It cannot be parsed, or is a folder.
     """
     try:
         return json.loads(path.read_text(encoding="utf8"))
     except ValueError as error:
         raise InvalidResultError(f"{path}: not JSON ({error})") from error
+    except IsADirectoryError as error:
+        raise InvalidResultError(f"{path}: a folder, not a file") from error
 
 
 def checksum(result: dict[str, Any]) -> str:
@@ -91,7 +93,8 @@ def check_result(result: Any, where: str) -> dict[str, Any]:
     if not isinstance(rows, list) or not rows:
         raise InvalidResultError(f"{where}: has no metrics")
     for row in rows:
-        if set(row) != {"dataset", "metric", "value", "test_samples"} or not isinstance(row["value"], int | float):
+        named = isinstance(row, dict) and set(row) == {"dataset", "metric", "value", "test_samples"}
+        if not named or not isinstance(row["value"], int | float):
             raise InvalidResultError(f"{where}: a metric is malformed: {row}")
         if math.isnan(row["value"]):
             raise InvalidResultError(f"{where}: the {row['metric']} of {row['dataset']} is not a number")
@@ -233,3 +236,5 @@ def all_results(results: Path) -> Iterator[dict[str, Any]]:
             yield check_result(read_json(path), str(path))
         except InvalidResultError as error:
             log.warning("warning: %s; it is left out, and its cell will run again", error)
+        except OSError as error:
+            log.warning("warning: %s: cannot be read (%s); it is left out", path, error.strerror)

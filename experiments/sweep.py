@@ -65,7 +65,7 @@ def _run(config: DictConfig, overrides: list[str]) -> Outcome:
     try:
         refuse_launcher()
         run = job_config(config, overrides)
-        with one_line_disk_errors():  # before the cell could say "running"
+        with one_line_disk_errors(results=run.results):  # before the cell could say "running"
             outcome = run_cell(run)
     except UserError as error:
         outcome = Outcome("failed", "", str(error), mistake=True)
