@@ -16,11 +16,14 @@ from omegaconf.errors import OmegaConfBaseException
 from bc.checkpoint import DamagedFileError
 from bc.errors import UserError
 from bc.settings import build_dataclass
+from experiments.compose import local_results
+from experiments.config import results_folder
 from experiments.disk import one_line_disk_errors
 
 T = TypeVar("T")
 Argument = tuple[str, dict[str, Any]]  # what argparse's add_argument takes
 EXPERIMENT: Argument = ("experiment", {"help": "name of a file in conf/experiment"})
+ALL = "experiments"  # argument of commands for several at once, which pass over overrides but results_dir=
 OVERRIDES: Argument = ("overrides", {"nargs": "*", "help": "overrides that the experiment was run with"})
 
 
@@ -56,15 +59,24 @@ def command(name: str, config: type[T], act: Callable[[T], str], arguments: Sequ
 
 
 def _told(overrides: Sequence[str]) -> list[str]:
-    """Overrides without those that say nothing about cells.
+    """Overrides without those that say nothing about cells."""
+    return [text for text in overrides if not text.startswith(("cells_at_once=", "results_dir="))]
+
+
+def _results(given: Path | None, overrides: Sequence[str]) -> Path:
+    """The results directory: of ``--results``, of ``results_dir=`` as a sweep has it, of this machine's settings.
 
     Raises:
-        UserError: One says where the results are, for which there is an option.
+        UserError: It is not one folder.
     """
-    for text in overrides:
-        if text.startswith("results_dir="):
-            raise UserError(f"{text}: these commands take --results {text.partition('=')[2]}")
-    return [text for text in overrides if not text.startswith("cells_at_once=")]
+    named = [text.partition("=")[2] for text in overrides if text.startswith("results_dir=")]
+    folders = [results_folder(name) for name in named] + ([given.expanduser()] if given is not None else [])
+    if len(set(folders)) > 1:
+        raise UserError(f"--results: {' and '.join(map(str, folders))} are several folders; name one")
+    results = folders[0] if folders else local_results()
+    if results.exists() and not results.is_dir():
+        raise UserError(f"--results: {str(results)!r} is not a folder; name the results directory")
+    return results
 
 
 def reading_command(
@@ -89,15 +101,15 @@ def reading_command(
     parser = argparse.ArgumentParser(prog=f"python -m experiments.{name}", description=description)
     for flag, facts in own:
         parser.add_argument(flag, **facts)
-    parser.add_argument("--results", type=Path, default=Path("results"), help="results directory (default: results)")
+    place = "results directory (default: results_dir of conf/local/default.yaml, or results)"
+    parser.add_argument("--results", type=Path, help=place)
     options = parser.parse_intermixed_args(arguments)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("experiments").setLevel(logging.INFO)
     try:
+        options.results = _results(options.results, [*vars(options).get("overrides", ()), *vars(options).get(ALL, ())])
         if "overrides" in options:
             options.overrides = _told(options.overrides)
-        if options.results.exists() and not options.results.is_dir():
-            raise UserError(f"--results: {str(options.results)!r} is not a folder; name the results directory")
         with one_line_disk_errors("--results", options.results):
             for line in act(options):
                 print(line)

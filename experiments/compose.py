@@ -25,15 +25,30 @@ from omegaconf.errors import (
 )
 
 from bc.errors import UserError, unknown
-from experiments.config import RunConfig, run_config
+from experiments.config import RunConfig, refuse_local_section, results_folder, run_config
 
 HYDRAS, OURS = ("hydra", "omegaconf", "antlr4", "yaml"), ("experiments", "bc")
 CONFIG_MODULE, CONFIG_NAME = "conf", "config"
 AXES = ("model", "quantizer", "bits", "bc", "data", "seed")  # order of a product, first varies slowest
 
 
+def local_results() -> Path:
+    """The results directory that this machine's own settings name, where there are any.
+
+    Raises:
+        UserError: They are malformed.
+    """
+    if not (Path(__file__).parent.parent / CONFIG_MODULE / "local" / "default.yaml").is_file():
+        return Path("results")
+    with hydra_ready(), one_line_errors():
+        config = compose(CONFIG_NAME)
+        refuse_local_section(config)
+        return results_folder(config.results_dir)
+
+
 def register_resolvers() -> None:
     """Make the resolvers that conf/ uses known to OmegaConf."""
+    OmegaConf.register_new_resolver("folder", lambda value: str(results_folder(value)), replace=True)
     OmegaConf.register_new_resolver("process", lambda: str(os.getpid()), replace=True, use_cache=True)
     OmegaConf.register_new_resolver("cell_numbers", lambda cells: f"range(0,{len(expand(cells))})", replace=True)
 

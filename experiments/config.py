@@ -148,6 +148,7 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
     """
     known = {"model", "quantizer", "bits", "bc", "data", "report", "engine", "logger"}
     known |= {"experiment", "seed", "cell", "on_error", "results_dir", "cells_at_once", "save_model"}
+    refuse_local_section(values)
     for key in values:
         if key not in known:
             raise unknown("setting", key, known)
@@ -155,8 +156,6 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
         raise unknown("on_error", values["on_error"], ("continue", "raise"))
     if not isinstance(values["save_model"], bool):
         raise UserError(f"save_model: {values['save_model']!r} is not allowed; use true or false")
-    if not isinstance(values["results_dir"], str):
-        raise UserError(f"results_dir: {values['results_dir']!r} is not a folder name; set results_dir=results")
     cell = cell_config(values)
     if values["save_model"] and cell.domain == "images":
         raise UserError("save_model: true is for language models; set save_model=false for a vision model")
@@ -171,10 +170,34 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
         engine=engine_config(values),
         logger=build_dataclass(LoggerConfig, logger, "logger"),
         experiment=str(section(values, "experiment").get("name", "adhoc")),
-        results=Path(values["results_dir"]),
+        results=results_folder(values["results_dir"]),
         save_model=values["save_model"],
         on_error=values["on_error"],
     )
+
+
+def results_folder(value: Any) -> Path:
+    """The results directory of a setting, ``~`` being the user's own folder.
+
+    Raises:
+        UserError: It is empty or no text.
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"results_dir: {value!r} is not a folder name; set results_dir=results")
+    return Path(value).expanduser()
+
+
+def refuse_local_section(values: Mapping[Any, Any]) -> None:
+    """Refuse settings of conf/local that are none because of their file's first line.
+
+    Raises:
+        UserError: Naming the line.
+    """
+    if "local" in values:
+        raise UserError(
+            "conf/local/default.yaml: lacks its first line, '# @package _global_', without which its settings are "
+            "not this project's; put it above them"
+        )
 
 
 def cell_config(values: Mapping[str, Any]) -> CellConfig:

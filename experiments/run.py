@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 import hydra
@@ -72,9 +74,10 @@ def register_launchers() -> None:
 
 
 def tidy(arguments: Sequence[str]) -> list[str]:
-    """Accept ``experiment=NAME`` for ``+experiment=NAME``, and ``-m`` anywhere."""
+    """Accept ``experiment=NAME`` for ``+experiment=NAME``, ``-m`` anywhere, and ``key=~/…``, which Hydra does not."""
     flags = [a for a in arguments if a in ("-m", "--multirun")]
-    rest = [a for a in arguments if a not in flags]
+    home = str(Path.home())
+    rest = [re.sub(r"^([\w.]+=)~(?=/|$)", lambda found: found[1] + home, a) for a in arguments if a not in flags]
     return flags[:1] + [f"+{a}" if a.startswith("experiment=") else a for a in rest]
 
 

@@ -44,6 +44,8 @@ MISTAKES = [
     (["experiment=demo", "experiment=table2"], "experiment: demo table2 is several", "one after the other"),
     (["+experiment=demo", "hydra.mode=RUN"], "cell: none of the 8 cells of demo is chosen", "0 to 7"),
     (["hydra/launcher=slurm"], "hydra/launcher: slurm is for sweeps", "add -m"),
+    (["results_dir="], "results_dir: '' is not a folder name", "results_dir=results"),
+    (["results_dir=null"], "results_dir: None is not a folder name", "results_dir=results"),
     (["bc=off,channel"], "bc: off,channel is several values; add -m for a sweep over them", "-m"),
     (["bc=[off,channel]"], "bc: [off,channel] is a list", "write bc=off,channel with -m"),
     (["quantizer.serach=fast"], "quantizer.serach: is not a setting of the chosen quantizer", "conf/quantizer"),
