@@ -201,8 +201,9 @@ def with_published(summary: pd.DataFrame, listed: Sequence[Experiment]) -> pd.Da
     for row in records(summary):
         table = files.get(str(row.experiment))
         bits = Bits(int(row.w_bits), int(row.a_bits), int(row.group_size))
-        arguments = (str(row.model), str(row.quantizer), bits, str(row.bc), str(row.dataset), str(row.metric))
-        found.append(table.look_up(*arguments) if table and row.metric in ("perplexity", "top1") else None)
+        names = (str(row.model), str(row.quantizer), bits, str(row.bc), str(row.dataset), str(row.metric))
+        options = dict(pair.split("=", 1) for pair in str(row.options).split() if "=" in pair)
+        found.append(table.look_up(*names, options) if table and row.metric in ("perplexity", "top1") else None)
     out = summary.copy()
     out["published"] = [None if f is None else f.value for f in found]
     out["note"] = ["" if f is None else f.note for f in found]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bc import models, vision
 from bc.errors import UserError
@@ -26,6 +28,8 @@ METHODS = {
     "noisyquant": ("NoisyQuant",),
     "repq_vit": ("RepQ-ViT",),
 }
+# options that a quantizer's printed values are of; its other variants have none
+VARIANTS = {"noisyquant": {"base": "ptq4vit"}}
 BITS = {"billm": "2-order binary"}
 MODELS = {"huggyllama/llama-7b": "LLaMA-7B (checkpoint not named)"}
 METRICS = {"perplexity": "ppl", "top1": "top1"}
@@ -70,11 +74,15 @@ class PublishedTable:
 
     def find(self, cell: CellConfig, dataset: str, metric: str) -> Published | None:
         """The printed value that a cell reproduces, if there is one."""
-        return self.look_up(cell.model.name, cell.quantizer, cell.bits, bc_name(cell), dataset, metric)
+        names = cell.model.name, cell.quantizer, cell.bits, bc_name(cell)
+        return self.look_up(*names, dataset, metric, cell.options)
 
-    def look_up(self, model: str, quantizer: str, bits: Bits, bc: str, dataset: str, metric: str) -> Published | None:
+    def look_up(
+        self, model: str, quantizer: str, bits: Bits, bc: str, dataset: str, metric: str, options: Mapping[str, Any]
+    ) -> Published | None:
         """The printed value of a setting, given by the names that cells.csv uses."""
-        if bc not in ("off", "paper"):
+        printed = VARIANTS.get(quantizer, {})
+        if bc not in ("off", "paper") or any(options.get(name) != value for name, value in printed.items()):
             return None
         vision_model = model in vision.catalogue()
         key = _vision_key(model, quantizer, bits) if vision_model else _language_key(model, quantizer, bits, dataset)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +183,29 @@ def test_table1_lists_the_papers_cells() -> None:
     )
     value = published.find(vit_b.cell, "imagenet", "top1")
     assert value is not None and value.value == 67.27
+
+
+def test_the_printed_noisyquant_is_the_one_on_ptq4vit() -> None:
+    from experiments.compose import load_experiment
+    from experiments.frame import experiments, frame_of, settings, with_published
+    from experiments.published import PublishedTable
+    from experiments.records import COLUMNS
+    from experiments.tables import PUBLISHED
+
+    section, runs = load_experiment("table1")
+    published = PublishedTable(PUBLISHED / section.published)
+    cells = [run.cell for run in runs if run.cell.quantizer == "noisyquant"]
+    assert {cell.options["base"] for cell in cells} == {"ptq4vit"}
+    cell = next(cell for cell in cells if (cell.model.name, cell.bits.label) == ("vit_s", "w6a6"))
+    value = published.find(cell, "imagenet", "top1")
+    assert value is not None and value.value == 78.65
+    linear = replace(cell, options=cell.options | {"base": "linear"})
+    assert published.find(linear, "imagenet", "top1") is None
+    row = dict.fromkeys(COLUMNS, "") | {"experiment": "table1", "model": "vit_s", "quantizer": "noisyquant"}
+    row |= {"w_bits": "6", "a_bits": "6", "group_size": "-1", "bc": "off", "dataset": "imagenet", "metric": "top1"}
+    rows = [row | {"options": f"base={base} seed=0", "value": "78", "seed": "3"} for base in ("linear", "ptq4vit")]
+    summary = with_published(settings(frame_of(rows)), experiments())
+    assert dict(zip(summary["options"], summary["published"].fillna(0), strict=True)) == {
+        "base=linear seed=0": 0,
+        "base=ptq4vit seed=0": 78.65,
+    }
