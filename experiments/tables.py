@@ -18,6 +18,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from bc.data.images import asked_for
 from experiments.arguments import EXPERIMENT, OVERRIDES, reading_command
 from experiments.compose import load_experiment
 from experiments.config import CellConfig, RunConfig
@@ -57,11 +58,20 @@ class Line:
 
     @property
     def heading(self) -> str:
-        """The data set, and how many images where only a part of them is scored."""
+        """The data set, and how many images where not all of them are scored."""
         evaluation = self.cell.data.evaluation
-        if isinstance(evaluation, ImageEvaluation) and (evaluation.limit is not None or evaluation.offset):
-            return f"{self.dataset} (part: {evaluation.limit or 'rest'} images from {evaluation.offset or 0})"
-        return self.dataset
+        if not isinstance(evaluation, ImageEvaluation):
+            return self.dataset
+        wanted, fewest = asked_for(self.dataset, evaluation.limit, evaluation.offset), self._fewest
+        of = "" if fewest is None or fewest >= wanted else f"{fewest:,} of "  # pictures that could not be decoded
+        if evaluation.limit is not None or evaluation.offset:
+            number = f"{wanted:,}" if of else evaluation.limit or "rest"
+            return f"{self.dataset} (part: {of}{number} images from {evaluation.offset or 0})"
+        return f"{self.dataset} ({of}{wanted:,} images)" if of else self.dataset
+
+    @property
+    def _fewest(self) -> int | None:
+        return min((int(row["test_samples"]) for row in self.rows if row["test_samples"]), default=None)
 
     @property
     def mean(self) -> float | None:

@@ -91,6 +91,12 @@ class VisionTask:
             found = evaluate_accuracy(model, test, engine)
             if found.samples != test.count:
                 raise RuntimeError(f"{dataset}: {found.samples} images were scored, not {test.count}")
+            if left_out := len(test.left_out):
+                log.warning(
+                    "warning: %s: %d of %d images cannot be decoded and are left out; scores are of the other %d, and "
+                    "shown as such in the table",
+                    *(dataset, left_out, left_out + test.count, test.count),
+                )
             for metric in ("top1", "top5"):
                 value = getattr(found, metric)
                 row = {"dataset": dataset, "metric": metric, "value": value, "test_samples": found.samples}

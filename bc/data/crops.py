@@ -43,8 +43,11 @@ class Crop:
     error: str = ""
 
 
-class _Chunks(Dataset[list[Crop]]):
-    """Crops in chunks, for a loader's workers; nothing in it but what they need."""
+class _Chunks(Dataset[list[Crop] | UserError]):
+    """Crops in chunks, for a loader's workers; nothing in it but what they need.
+
+    A user's mistake is handed over, not raised: a loader would raise it again with a traceback in its message.
+    """
 
     def __init__(self, pictures: Pictures, chunks: list[list[int]], preprocessing: Preprocessing) -> None:
         self.pictures, self.chunks, self.preprocessing = pictures, chunks, preprocessing
@@ -53,8 +56,11 @@ class _Chunks(Dataset[list[Crop]]):
     def __len__(self) -> int:
         return len(self.chunks)
 
-    def __getitem__(self, number: int) -> list[Crop]:
-        return [self._decode(index) for index in self.chunks[number]]
+    def __getitem__(self, number: int) -> list[Crop] | UserError:
+        try:
+            return [self._decode(index) for index in self.chunks[number]]
+        except UserError as error:
+            return error
 
     def _decode(self, index: int) -> Crop:
         self._crop = self._crop or self.preprocessing.cropper()
@@ -64,10 +70,21 @@ class _Chunks(Dataset[list[Crop]]):
         except UserError:
             raise
         except Exception as error:  # decoders raise what they like: OSError, SyntaxError, struct.error, …
+            if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
+                raise _passing(self.pictures.name(index), error) from error
             return Crop(index, None, ABSENT, (str(error).strip() or type(error).__name__).splitlines()[0])
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_crop": None}
+
+
+def _passing(name: str, error: MemoryError | OSError) -> UserError:
+    """The error for what the system refused: it says nothing of the picture, which is not to be left out for it."""
+    if isinstance(error, MemoryError):
+        return UserError(f"data: no memory to decode {name}; lower data.workers, or use a machine with more memory")
+    return UserError(
+        f"data: {name} cannot be read ({error.strerror or error}); see that its folder can be reached, and start again"
+    )
 
 
 def decode(
@@ -83,17 +100,24 @@ def decode(
 
     Yields:
         Crops, in lists; one without pixels where a picture is corrupt.
+
+    Raises:
+        UserError: A picture cannot be read, which is not for its content.
     """
     chunks = [list(map(int, indices[start : start + CHUNK])) for start in range(0, len(indices), CHUNK)]
     if workers is None:
         workers = min(8, os.cpu_count() or 1, len(chunks)) if len(chunks) > 1 else 0
     # Arrays travel through a pipe, pickled: tensors would need more shared memory than a container may have.
-    yield from DataLoader(
+    loader = DataLoader(
         _Chunks(pictures, chunks, preprocessing), batch_size=None, num_workers=workers, collate_fn=_as_it_is
     )
+    for chunk in loader:
+        if isinstance(chunk, UserError):
+            raise chunk
+        yield chunk
 
 
-def _as_it_is(chunk: list[Crop]) -> list[Crop]:
+def _as_it_is(chunk: list[Crop] | UserError) -> list[Crop] | UserError:
     return chunk
 
 
@@ -106,8 +130,8 @@ class CropCache:
     """Crops of a collection in one file, as many as have been asked for; many models share it.
 
     Beside the array lies one of labels, in which -1 says that a crop is not there yet and -2 that its picture is
-    corrupt. Crops are on disk before their labels are, so a process that is killed loses at most its last chunks, and
-    the next one goes on from there.
+    corrupt; whoever opens the cache tries those once more, for the file may have been mended. Crops are on disk before
+    their labels are, so a process that is killed loses at most its last chunks, and the next one goes on from there.
 
     Args:
         folder: Where the files lie; made if need be.
@@ -122,14 +146,15 @@ class CropCache:
         stem = f"{name}-{preprocessing.crop_name}-{pictures.fingerprint()[:12]}"
         self.folder, self.stem = folder, stem
         self.data, self.labels = folder / f"{stem}.npy", folder / f"{stem}.labels.npy"
+        self._reasons: dict[int, str] = {}  # of the pictures that were found corrupt since the cache was opened
 
     def fill(self, indices: Indices, workers: int | None = None) -> None:
         """Decode what is wanted and not there yet.
 
         Raises:
-            UserError: The folder cannot be written or the disk is too small.
+            UserError: The folder cannot be written, the disk is too small, or a picture cannot be read.
         """
-        if self.data.is_file() and self.labels.is_file() and not len(self._absent(indices)):
+        if self.data.is_file() and self.labels.is_file() and not len(self._untried(indices)):
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +166,7 @@ class CropCache:
                 lock.acquire()
             try:
                 self._create()
-                self._decode(self._absent(indices), workers)
+                self._decode(self._untried(indices), workers)
             finally:
                 lock.release()
         except OSError as error:
@@ -157,13 +182,17 @@ class CropCache:
             chunk = list(map(int, indices[start : start + CHUNK]))
             assert (labels[chunk] != ABSENT).all(), "a crop is not in the cache"
             yield [
-                Crop(i, None, ABSENT, "as noted before") if labels[i] == CORRUPT else Crop(i, data[i], int(labels[i]))
+                Crop(i, None, ABSENT, self._reasons.get(i, ""))
+                if labels[i] == CORRUPT
+                else Crop(i, data[i], int(labels[i]))
                 for i in chunk
             ]
 
-    def _absent(self, indices: Indices) -> NDArray[np.int64]:
+    def _untried(self, indices: Indices) -> NDArray[np.int64]:
+        """What is not there, and what was found corrupt before this cache was opened."""
         wanted = np.asarray(indices, np.int64)
-        return wanted[np.load(self.labels)[wanted] == ABSENT]
+        labels = np.load(self.labels)[wanted]
+        return wanted[(labels == ABSENT) | (labels == CORRUPT) & ~np.isin(wanted, list(self._reasons))]
 
     def _create(self) -> None:
         if not self.data.is_file():
@@ -177,23 +206,24 @@ class CropCache:
                 np.save(stream, np.full(self.shape[0], ABSENT, np.int16))
             partial.replace(self.labels)
 
-    def _decode(self, absent: NDArray[np.int64], workers: int | None) -> None:
+    def _decode(self, untried: NDArray[np.int64], workers: int | None) -> None:
         size = int(np.prod(self.shape[1:]))
         free = shutil.disk_usage(self.folder).free
-        if len(absent) * size > free:
-            raise OSError(None, f"{len(absent) * size / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
+        if len(untried) * size > free:
+            raise OSError(None, f"{len(untried) * size / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
         start = np.load(self.data, mmap_mode="r").offset
         labels = np.lib.format.open_memmap(self.labels, "r+")
-        chunks = decode(self.pictures, absent.tolist(), self.preprocessing, workers)
+        chunks = decode(self.pictures, untried.tolist(), self.preprocessing, workers)
         # Written, not mapped: a full disk is then an error, where a mapped file would end the process.
         with self.data.open("r+b") as stream:
-            for chunk in track(chunks, "decoding", total=-(-len(absent) // CHUNK), unit="chunk"):
+            for chunk in track(chunks, "decoding", total=-(-len(untried) // CHUNK), unit="chunk"):
                 for crop in chunk:
                     if crop.pixels is not None:
                         stream.seek(start + crop.index * size)
                         stream.write(crop.pixels.tobytes())
                 stream.flush()
                 os.fsync(stream.fileno())
+                self._reasons |= {crop.index: crop.error for crop in chunk if crop.pixels is None}
                 for crop in chunk:
                     labels[crop.index] = CORRUPT if crop.pixels is None else crop.label
                 labels.flush()

@@ -38,6 +38,8 @@ ROLES = ("calibration", "selection", "test")
 IMAGENET_TRAIN, IMAGENET_TEST = 1_281_167, 50_000
 #: Test images of Fashion-MNIST that are scored by default: the first, and how many.
 FASHION_OFFSET, FASHION_LIMIT = 1000, 2000
+#: Classes of each data set.
+CLASSES = {"imagenet": 1000, "embedded_fashion": 10}
 #: So many images after the last of a draw are kept out of selection too, for they replace corrupt ones.
 SPARE = 64
 
@@ -263,6 +265,13 @@ def test_batches(
     if dataset == "embedded_fashion":
         limit = number
     return TestImages(dataset, collection, indices, preprocessing, batch_size, limit, start, kept, workers)
+
+
+def asked_for(dataset: str, limit: int | None = None, offset: int | None = None) -> int:
+    """How many test images :func:`test_batches` gives out where none is corrupt."""
+    if limit is not None:
+        return limit
+    return FASHION_LIMIT if dataset == "embedded_fashion" else IMAGENET_TEST - (offset or 0)
 
 
 test_batches.__test__ = False  # type: ignore[attr-defined]  # the name is not that of a test

@@ -15,7 +15,7 @@ from PIL import Image
 from bc import quantizers
 from bc.settings import Compensation
 from experiments import vision
-from experiments.compose import expand, hydra_ready
+from experiments.compose import compose_run, expand, hydra_ready
 from experiments.identity import bc_label
 from experiments.run import main
 from experiments.tables import rebuild
@@ -118,8 +118,61 @@ def test_imagenet_folders_run_the_real_path(
     assert {m["test_samples"] for m in result["metrics"]} == {35}
     said = capfd.readouterr()
     assert "003.JPEG cannot be decoded" in said.out + said.err
+    assert "warning: imagenet: 1 of 36 images cannot be decoded and are left out" in said.out + said.err
     assert result["provenance"]["seeds"] == {"calibration": 3, "compensation": 3, "selection": 3}
     assert result["config"]["evaluation"]["limit"] == 36
+
+
+@pytest.mark.parametrize(
+    ("overrides", "scored", "heading"),
+    [
+        (("data=imagenet",), (50_000,), "imagenet"),
+        (("data=imagenet",), (), "imagenet"),
+        (("data=imagenet",), (50_000, 49_998), "imagenet (49,998 of 50,000 images)"),
+        (
+            (
+                "data=imagenet",
+                "data.evaluation.limit=36",
+            ),
+            (35,),
+            "imagenet (part: 35 of 36 images from 0)",
+        ),
+        (
+            (
+                "data=imagenet",
+                "data.evaluation.limit=2000",
+            ),
+            (2000,),
+            "imagenet (part: 2000 images from 0)",
+        ),
+        (
+            (
+                "data=imagenet",
+                "data.evaluation.offset=10",
+            ),
+            (49_990,),
+            "imagenet (part: rest images from 10)",
+        ),
+        (
+            (
+                "data=imagenet",
+                "data.evaluation.offset=10",
+            ),
+            (49_989,),
+            "imagenet (part: 49,989 of 49,990 images from 10)",
+        ),
+        (("data=embedded_vision",), (2000,), "embedded_fashion"),
+    ],
+)
+def test_tables_say_of_how_many_images_a_score_is(
+    overrides: tuple[str, ...], scored: tuple[int, ...], heading: str
+) -> None:
+    from experiments.tables import Line
+
+    with hydra_ready():
+        cell = compose_run(["model=vit_s", "quantizer=minmax", "bits=w8a8", *overrides]).cell
+    rows = [{"test_samples": str(count)} for count in scored]
+    assert Line(cell, cell.data.evaluation.datasets[0], rows=rows).heading == heading
 
 
 def test_a_partial_run_is_shown_as_such(tmp_path: Path) -> None:

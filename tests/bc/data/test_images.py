@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -140,6 +142,74 @@ def test_a_corrupt_picture_is_named_and_nothing_else_is_lost(
     assert len(told) == 2
     everything(test)
     assert capsys.readouterr().err == "", "the same line twice"
+
+
+def test_the_reason_is_said_every_time_and_a_mended_picture_is_taken(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = folder / "val" / SYNSETS[1] / f"{SYNSETS[1]}_3.JPEG"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:200] + bytes(len(whole) - 200))  # as long as before: the collection is the same
+
+    def run() -> images.TestImages:
+        test = batches("imagenet", SMALL, 5, limit=24, paths={"imagenet": folder}, workers=0)
+        everything(test)
+        return test
+
+    for _ in range(2):
+        assert run().left_out == [str(bad)]
+        told = capsys.readouterr().err
+        assert f"{bad} cannot be decoded (" in told
+        assert "as noted" not in told and "()" not in told
+    bad.write_bytes(whole)
+    assert run().left_out == []
+    assert len(list((Path(os.environ["BC_CACHE"]) / "images").glob("*.labels.npy"))) == 1
+    uncached = batches("imagenet", SMALL, 5, limit=24, paths={"imagenet": folder}, workers=0, cache=False)
+    cached = batches("imagenet", SMALL, 5, limit=24, paths={"imagenet": folder}, workers=0)
+    assert torch.equal(everything(cached)[0], everything(uncached)[0])
+    assert capsys.readouterr().err == ""
+
+
+class Refusing(pictures.Files):
+    """A disk or a machine with a passing trouble at one picture."""
+
+    trouble: Exception = OSError(errno.ESTALE, "Stale file handle")
+
+    def fetch(self, index: int) -> tuple[Image.Image, int]:
+        if index == 9:
+            raise self.trouble
+        return super().fetch(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize(
+    ("trouble", "line"),
+    [
+        (
+            OSError(errno.ESTALE, "Stale file handle"),
+            "data: {} cannot be read (Stale file handle); see that its folder",
+        ),
+        (MemoryError(), "data: no memory to decode {}; lower data.workers"),
+    ],
+    ids=["stale", "memory"],
+)
+def test_a_passing_trouble_is_one_line_and_no_corrupt_picture(
+    folder: Path, trouble: Exception, line: str, cache: bool, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        given = {"paths": {"imagenet": folder}, "cache": cache, "workers": workers}
+        return everything(batches("imagenet", SMALL, 5, limit=24, **given))  # type: ignore[arg-type]
+
+    bad = sorted((folder / "val").rglob("*.JPEG"))[9]
+    with monkeypatch.context() as patch:
+        patch.setattr(Refusing, "trouble", trouble)
+        patch.setattr(pictures, "Files", Refusing)
+        with pytest.raises(UserError) as raised:
+            run()
+    assert str(raised.value).startswith(line.format(bad))
+    assert "\n" not in str(raised.value)
+    assert len(run()[1]) == 24
 
 
 def test_a_corrupt_training_picture_is_replaced_by_the_next_of_the_draw(
