@@ -156,8 +156,8 @@ class SiteSamples:
     Attributes:
         name: Dotted name.
         kind: ``linear``, ``conv`` or ``matmul``.
-        role: ``patch_embed``, ``qkv``, ``proj``, ``fc1``, ``fc2``, ``reduction``, ``head``, ``matmul_qk`` (q · kᵀ) or
-            ``matmul_av`` (attention · v).
+        role: ``patch_embed``, ``qkv``, ``proj``, ``fc1``, ``fc2`` (behind a GELU), ``mlp_out`` (an MLP's last Linear
+            behind anything else), ``reduction``, ``head``, ``matmul_qk`` (q · kᵀ) or ``matmul_av`` (attention · v).
         heads: Attention heads, for ``qkv`` and the matmuls; 0 elsewhere.
         weight: Float weight (out, in), or (out, in, kh, kw) of a convolution; None for a matmul.
         bias: Float bias (out,), or None.

@@ -1,10 +1,11 @@
 """PTQ4ViT: twin uniform grids after softmax and GELU, and scales searched by a Hessian-guided metric.
 
 Yuan, Xue, Chen, Wu and Sun, "PTQ4ViT: Post-Training Quantization for Vision Transformers with Twin Uniform
-Quantization", ECCV 2022 (arXiv 2111.12293), sections 3.2 and 3.3. The input of fc2 has one scale for positive values
-(searched) and a fixed range for negative ones; attention probabilities have a fine grid below a split 2^−i, searched,
-and one of [0, 1] above. The metric is −(g · (y − ŷ))², g the gradient of the loss at the site's output: the diagonal
-Fisher information in place of the Hessian. Weight and activation (or A and B) are searched in turns.
+Quantization", ECCV 2022 (arXiv 2111.12293), sections 3.2 and 3.3. The input of fc2 behind a GELU has one scale for
+positive values (searched) and a fixed range for negative ones, behind anything else a plain grid; attention
+probabilities have a fine grid below a split 2^−i, searched, and one of [0, 1] above. The metric is −(g · (y − ŷ))², g
+the gradient of the loss at the site's output: the diagonal Fisher information in place of the Hessian. Weight and
+activation (or A and B) are searched in turns.
 
 What we define ourselves: the gradient is that of a real loss (the published code's is zero up to rounding, and kept as
 the metric ``self_kl``); an all-zero score is refused; the min-max scale itself is a candidate; values above the split

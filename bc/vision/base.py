@@ -12,8 +12,8 @@ from bc.sites import Site, Unit
 
 __all__ = ["ROLES", "Site", "Source", "Unit", "VisionFamily"]
 
-#: What a site does in the model.
-ROLES = ("patch_embed", "qkv", "matmul_qk", "matmul_av", "proj", "fc1", "fc2", "reduction", "head")
+#: What a site does in the model; ``fc2`` is behind a GELU, an MLP's last Linear behind anything else is ``mlp_out``.
+ROLES = ("patch_embed", "qkv", "matmul_qk", "matmul_av", "proj", "fc1", "fc2", "mlp_out", "reduction", "head")
 
 
 @dataclass(frozen=True)

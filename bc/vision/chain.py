@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from timm.layers import GELU, GELUTanh, Mlp, QuickGELU
 from torch import Tensor, nn
 
 from bc.errors import UserError
 from bc.sites import WHOLE, Region, alone
 from bc.vision.base import Site, Unit
+
+GELUS = (nn.GELU, GELU, GELUTanh, QuickGELU)  # none is below −0.171
 
 
 class View(nn.Module):
@@ -90,10 +93,15 @@ def block_unit(name: str, block: Any, stage: int | None = None) -> Unit:
         Site(f"{name}.attn.matmul_av", attention.matmul_av, "matmul", "matmul_av", heads),
         Site(f"{name}.attn.proj", attention.proj, "linear", "proj"),
         Site(f"{name}.mlp.fc1", mlp.fc1, "linear", "fc1", norm=layer_norm(block.norm2)),
-        Site(f"{name}.mlp.fc2", mlp.fc2, "linear", "fc2"),
+        Site(f"{name}.mlp.fc2", mlp.fc2, "linear", "fc2" if behind_gelu(mlp) else "mlp_out"),
     )
     regions = {"attention": Region("attn", "attn"), "mlp": Region("mlp", "mlp"), "block": WHOLE}
     return Unit(name, block, "block", alone(sites), regions=regions, stage=stage)
+
+
+def behind_gelu(mlp: Any) -> bool:
+    """Whether fc2 reads a GELU's output or an approximation's: not a gate's, another activation's or a norm's."""
+    return isinstance(mlp, Mlp) and isinstance(mlp.act, GELUS) and isinstance(mlp.norm, nn.Identity)
 
 
 def layer_norm(module: nn.Module) -> nn.LayerNorm | None:

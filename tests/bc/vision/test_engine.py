@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import bc
 from bc import quantizers
+from bc.activation_grids import Noisy, Symmetric, TwinGELU
 from bc.activations import quantizers_of
 from bc.chains import VisionChain
 from bc.checkpoint import load_weights, save_weights
@@ -259,6 +260,18 @@ def gradients(model: nn.Module, images: list[Tensor], metric: str, budget: int) 
     for part in output_gradients(VisionChain(model), metric, images, CPU, budget):
         found |= part
     return found
+
+
+@pytest.mark.parametrize(("name", "options"), [("ptq4vit", {}), ("noisyquant", {"base": "ptq4vit"})])
+@pytest.mark.parametrize(("kind", "grid"), [("vit", TwinGELU), ("swiglu", Symmetric)])
+def test_twin_grids_are_for_gelu_alone(kind: str, grid: type, name: str, options: dict[str, Any]) -> None:
+    model, images = ready(kind)
+    method = quantizers.create(name, Bits.parse("w8a8"), metric="mse", **options)
+    (found,) = calibrate(model, method, images, ENGINE)["blocks.0.mlp.fc2"].inputs
+    found = found.base if isinstance(found, Noisy) else found
+    assert type(found) is grid
+    lowest = torch.tensor(-0.5)
+    assert (found(lowest) < -0.2) == (grid is Symmetric), "clipped at GELU's least value"
 
 
 def test_gradients_do_not_depend_on_the_number_of_passes_and_are_autograds(wrapped: Case) -> None:

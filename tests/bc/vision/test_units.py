@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
+from timm import create_model
+from timm.layers import GluMlp
 from torch import nn
 
 from bc.errors import UserError
 from bc.vision import ROLES, create, family_of, sites, units, wrap
 from bc.vision.attention import MatMul
-from tests.bc.vision.conftest import make
+from tests.bc.vision.conftest import VIT, make
 
 Case = tuple[nn.Module, torch.Tensor]
 BLOCK = ["qkv", "matmul_qk", "matmul_av", "proj", "fc1", "fc2"]
@@ -43,18 +46,36 @@ def test_blocks(wrapped: Case) -> None:
     model, _ = wrapped
     for unit in units(model):
         if unit.kind == "block":
-            assert [site.role for site in unit.sites] == BLOCK
             block = model.get_submodule(unit.name)
+            last = "mlp_out" if isinstance(block.mlp, GluMlp) else "fc2"
+            assert [site.role for site in unit.sites] == [*BLOCK[:-1], last]
             assert block is unit.module
             assert unit.module.get_submodule(unit.regions["attention"].exit) is block.attn
             assert unit.module.get_submodule(unit.regions["mlp"].exit) is block.mlp
             norms = {site.role: site.norm for site in unit.sites}
             assert norms["qkv"] is block.norm1
             assert norms["fc1"] is block.norm2
-            assert norms["proj"] is norms["fc2"] is norms["matmul_qk"] is None
+            assert norms["proj"] is norms[last] is norms["matmul_qk"] is None
             assert [site.heads for site in unit.sites[:3]] == [block.attn.num_heads] * 3
         else:
             assert not {"attention", "mlp", "block"} & set(unit.regions)
+
+
+@pytest.mark.parametrize(
+    ("options", "role"),
+    [
+        ({}, "fc2"),
+        ({"act_layer": "quick_gelu"}, "fc2"),
+        ({"act_layer": "gelu_tanh"}, "fc2"),
+        ({"act_layer": "silu"}, "mlp_out"),
+        ({"act_layer": "relu"}, "mlp_out"),
+        ({"mlp_layer": GluMlp, "act_layer": "gelu"}, "mlp_out"),  # what a gate multiplies has no lower bound
+        ({"scale_mlp_norm": True}, "mlp_out"),
+    ],
+)
+def test_fc2_is_behind_a_gelu_alone(options: dict[str, Any], role: str) -> None:
+    model = create_model("vit_tiny_patch16_224", **VIT, **options)
+    assert [unit.sites[-1].role for unit in units(wrap(model))[1:-1]] == [role] * 2
 
 
 def test_kinds_and_stages_of_swin() -> None:
