@@ -11,6 +11,7 @@ import pkgutil
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from bc.errors import UserError, unknown
@@ -27,6 +28,7 @@ __all__ = [
     "VisionFamily",
     "catalogue",
     "check",
+    "classes",
     "create",
     "families",
     "family_of",
@@ -81,7 +83,11 @@ def create(name: str) -> nn.Module:
 
 
 def check(name: str, path: str | None = None) -> None:
-    """Find out cheaply whether a model can be had; arguments and errors as :func:`load`, but for the hub's."""
+    """Find out cheaply whether a model can be had; arguments and errors as :func:`load`, but for the hub's.
+
+    Raises:
+        UserError: Also where a part of the model is not covered.
+    """
     from bc.vision import checkpoints
 
     source = _source(name)
@@ -91,6 +97,26 @@ def check(name: str, path: str | None = None) -> None:
         checkpoints.check_embedded(source.embedded)
     elif "." not in source.timm:
         raise _untagged(name, source)
+    classes(name)
+
+
+@cache
+def classes(name: str) -> int:
+    """How many classes a model tells apart, found without its weights.
+
+    Args:
+        name: As for :func:`create`.
+
+    Returns:
+        The number of its logits; 0 for a model without a head.
+
+    Raises:
+        UserError: The name or the family is unknown, or a part of the model is not covered.
+    """
+    with torch.device("meta"):
+        model: Any = create(name)
+    units(wrap(model))
+    return int(model.num_classes)
 
 
 def _untagged(name: str, source: Source) -> UserError:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from timm.layers import GELU, GELUTanh, Mlp, QuickGELU
+from timm.layers import GELU, GELUTanh, GluMlp, Mlp, PatchEmbed, QuickGELU
+from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
 from bc.errors import UserError
 from bc.sites import WHOLE, Region, alone
 from bc.vision.base import Site, Unit
 
+PRE_NORM = (Block, SwinTransformerBlock)
 GELUS = (nn.GELU, GELU, GELUTanh, QuickGELU)  # none is below −0.171
 
 
@@ -71,7 +74,12 @@ class Tail(View):
 
 
 def stem_sites(model: Any) -> tuple[Site, ...]:
-    """The patch embedding."""
+    """The patch embedding.
+
+    Raises:
+        UserError: It is more than one convolution.
+    """
+    require("patch_embed", model.patch_embed, (PatchEmbed,))
     return (Site("patch_embed.proj", model.patch_embed.proj, "conv", "patch_embed"),)
 
 
@@ -82,17 +90,24 @@ def head_sites(model: nn.Module, names: tuple[str, ...]) -> tuple[Site, ...]:
 
 
 def block_unit(name: str, block: Any, stage: int | None = None) -> Unit:
-    """A transformer block: attention and MLP, each behind its own norm."""
+    """A transformer block: attention and MLP, each behind its own norm, or before it in a ``ResPostBlock``.
+
+    Raises:
+        UserError: The block or its MLP is of a kind that is not covered, or its matmuls have no names.
+    """
+    require(name, block, (*PRE_NORM, ResPostBlock))
     attention, mlp = block.attn, block.mlp
+    require(f"{name}.mlp", mlp, (Mlp, GluMlp))
     if not hasattr(attention, "matmul_qk"):
         raise UserError(f"model: the matmuls of {name} have no names; call bc.vision.wrap(model) first")
     heads = attention.num_heads
+    norm1, norm2 = map(layer_norm, (block.norm1, block.norm2) if isinstance(block, PRE_NORM) else (None, None))
     sites = (
-        Site(f"{name}.attn.qkv", attention.qkv, "linear", "qkv", heads, layer_norm(block.norm1)),
+        Site(f"{name}.attn.qkv", attention.qkv, "linear", "qkv", heads, norm1),
         Site(f"{name}.attn.matmul_qk", attention.matmul_qk, "matmul", "matmul_qk", heads),
         Site(f"{name}.attn.matmul_av", attention.matmul_av, "matmul", "matmul_av", heads),
         Site(f"{name}.attn.proj", attention.proj, "linear", "proj"),
-        Site(f"{name}.mlp.fc1", mlp.fc1, "linear", "fc1", norm=layer_norm(block.norm2)),
+        Site(f"{name}.mlp.fc1", mlp.fc1, "linear", "fc1", norm=norm2),
         Site(f"{name}.mlp.fc2", mlp.fc2, "linear", "fc2" if behind_gelu(mlp) else "mlp_out"),
     )
     regions = {"attention": Region("attn", "attn"), "mlp": Region("mlp", "mlp"), "block": WHOLE}
@@ -104,6 +119,16 @@ def behind_gelu(mlp: Any) -> bool:
     return isinstance(mlp, Mlp) and isinstance(mlp.act, GELUS) and isinstance(mlp.norm, nn.Identity)
 
 
-def layer_norm(module: nn.Module) -> nn.LayerNorm | None:
+def require(name: str, module: object, covered: tuple[type, ...]) -> None:
+    """Refuse a part of a model that is not of a covered class."""
+    if not isinstance(module, covered):
+        names = ", ".join(kind.__name__ for kind in covered)
+        raise UserError(
+            f"model: {name} is a {type(module).__name__}, which is not covered; covered here are timm's {names}; "
+            "choose another model"
+        )
+
+
+def layer_norm(module: nn.Module | None) -> nn.LayerNorm | None:
     """The module, if it is a LayerNorm with weight and bias."""
     return module if isinstance(module, nn.LayerNorm) and module.weight is not None else None

@@ -23,6 +23,7 @@ MAKERS: dict[str, tuple[int, Callable[[], nn.Module]]] = {
     "deit": (24, lambda: timm.create_model("deit_tiny_patch16_224", **VIT)),
     "deit_distilled": (24, lambda: timm.create_model("deit_tiny_distilled_patch16_224", **VIT)),
     "layer_scale": (24, lambda: timm.create_model("vit_small_patch14_dinov2", **VIT)),
+    "res_post": (24, lambda: timm.create_model("vit_base_patch16_rpn_224", **VIT)),
     "swiglu": (24, lambda: timm.create_model("vit_giant_patch14_dinov2", **VIT)),
     # 16 × 16 patches: windows of 4, every second block of both stages shifted
     "swin": (32, lambda: timm.create_model("swin_tiny_patch4_window7_224", img_size=32, depths=(2, 2), **SWIN)),

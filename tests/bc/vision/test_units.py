@@ -9,10 +9,16 @@ import pytest
 import torch
 from timm import create_model
 from timm.layers import GluMlp
+from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 
+import bc
+from bc import quantizers
 from bc.errors import UserError
-from bc.vision import ROLES, create, family_of, sites, units, wrap
+from bc.pipeline import Engine, calibrate
+from bc.quantizers.repq_vit import ReparametrisedWeight
+from bc.settings import Bits
+from bc.vision import ROLES, check, classes, create, family_of, sites, units, wrap
 from bc.vision.attention import MatMul
 from tests.bc.vision.conftest import VIT, make
 
@@ -53,8 +59,9 @@ def test_blocks(wrapped: Case) -> None:
             assert unit.module.get_submodule(unit.regions["attention"].exit) is block.attn
             assert unit.module.get_submodule(unit.regions["mlp"].exit) is block.mlp
             norms = {site.role: site.norm for site in unit.sites}
-            assert norms["qkv"] is block.norm1
-            assert norms["fc1"] is block.norm2
+            behind = isinstance(block, ResPostBlock)  # its norms are behind attention and MLP, not before
+            assert norms["qkv"] is (None if behind else block.norm1)
+            assert norms["fc1"] is (None if behind else block.norm2)
             assert norms["proj"] is norms[last] is norms["matmul_qk"] is None
             assert [site.heads for site in unit.sites[:3]] == [block.attn.num_heads] * 3
         else:
@@ -120,6 +127,44 @@ def test_an_unwrapped_model_is_refused() -> None:
     model, _ = make("vit")
     with pytest.raises(UserError, match="wrap"):
         units(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "mend"),
+    [
+        ("vit_base_patch16_xp_224", "blocks.0 is a ParallelScalingBlock", "Block, SwinTransformerBlock, ResPostBlock"),
+        ("vit_base_patch16_18x2_224", "blocks.0 is a ParallelThingsBlock", "Block, SwinTransformerBlock, ResPostBlock"),
+        ("aimv2_large_patch14_224", "blocks.0.mlp is a SwiGLU", "Mlp, GluMlp"),
+        ("vit_tiny_r_s16_p8_224", "patch_embed is a HybridEmbed", "PatchEmbed"),
+        ("vit_base_patch32_siglip_256", "attn_pool is a AttentionPoolLatent", "Attention"),
+    ],
+)
+def test_parts_that_are_not_covered_are_named_before_weights_are_loaded(name: str, part: str, mend: str) -> None:
+    with pytest.raises(UserError) as raised:
+        classes(name)
+    line = str(raised.value)
+    assert line.startswith(f"model: {part}, which is not covered; covered ") and mend in line and "\n" not in line
+
+
+def test_a_model_that_is_not_covered_is_refused_by_check_and_by_quantize() -> None:
+    with pytest.raises(UserError, match=r"model: patch_embed is a HybridEmbed.*choose another model"):
+        check("vit_tiny_r_s16_p8_224.augreg_in21k_ft_in1k")
+    model = create("vit_tiny_r_s16_p8_224")
+    with pytest.raises(UserError, match=r"model: patch_embed is a HybridEmbed"):
+        bc.quantize(model, "minmax", "w8a8", calibration=torch.zeros(1, 3, 224, 224), device="cpu")
+
+
+def test_repq_changes_no_norm_of_a_block_whose_norms_are_behind() -> None:
+    model, images = make("res_post")
+    method = quantizers.create("repq_vit", Bits.parse("w4a4"))
+    found = calibrate(wrap(model), method, images, Engine(torch.device("cpu"), 3))
+    assert not any(isinstance(result.weight, ReparametrisedWeight) for result in found.values())
+
+
+def test_classes_are_counted_without_weights() -> None:
+    names = ("tiny_vit", "vit_s14_fashion", "swin_b", "vit_small_patch14_dinov2.lvd142m")
+    assert [classes(name) for name in names] == [10, 10, 1000, 0]
+    assert classes("vit_tiny_patch16_224.augreg_in21k") == 21843
 
 
 def test_an_unknown_class_is_refused() -> None:
