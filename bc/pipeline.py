@@ -22,10 +22,10 @@ from bc.errors import QuantizationError, UserError
 from bc.fitting import Fit
 from bc.grid import finite
 from bc.install import install, installed
+from bc.matching import check_goes_with, require_second_moments
 from bc.parts import Part, leading
 from bc.passes import input_sums, linears, second_moments
 from bc.progress import track
-from bc.quantizers import available
 from bc.quantizers.base import Group, Quantizer, SiteQuantizer, SiteResult
 from bc.report import Report
 from bc.settings import REGULARISED, Compensation
@@ -130,34 +130,6 @@ class Collection:
 def _sees_all(quantizer: Quantizer) -> bool:
     """Whether a quantizer takes the second moments of all samples, so that float inputs can be summed as it passes."""
     return quantizer.needs_hessian and not quantizer.tokens
-
-
-def check_goes_with(settings: Compensation, quantizer: Quantizer | type[Quantizer]) -> None:
-    """Refuse settings that a quantizer's weights or statistics do not serve.
-
-    Raises:
-        UserError: Naming the setting, and what serves it.
-    """
-    if settings.stream == "calibration" and settings.enabled:
-        require_second_moments(quantizer)
-    if settings.method == "affine" and settings.enabled and not quantizer.scales:
-        raise UserError(
-            f"bc.method: affine needs weights with scales by row, which {quantizer.name!r} has not; set bc.method=bias"
-        )
-
-
-def require_second_moments(quantizer: Quantizer | type[Quantizer]) -> None:
-    """Refuse a quantizer that does not see its inputs by way of their second moments.
-
-    Raises:
-        UserError: Naming those that do.
-    """
-    if not quantizer.needs_hessian:
-        able = ", ".join(name for name, cls in available().items() if cls.needs_hessian)
-        raise UserError(
-            f"bc.stream: 'calibration' takes the inputs of the quantizer's second moments, and {quantizer.name!r} has "
-            f"none; set bc.stream=float, or one of {able} as quantizer"
-        )
 
 
 @torch.no_grad()

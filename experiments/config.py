@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 from bc import models, quantizers, vision
 from bc.checkpoint import NO_LINEAR_MAPS
 from bc.errors import UserError, unknown
-from bc.pipeline import check_goes_with
+from bc.matching import check_goes_with
 from bc.settings import Bits, Compensation, build_dataclass, presets
 from experiments.data import DataConfig, ImageData, data_config, require, section, strings
 
@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 FLOAT = "none"  # the quantizer that leaves the model as it is
 REPORT = {"text": (4, 8), "images": (64, 64)}  # samples on which errors are measured, where nothing is said
+MOST_THREADS = 4096
+LARGEST_SEED = {"text": 2**63 - 1, "images": 2**32 - 1}  # of PyTorch's and NumPy's draws
 BATCH = {"text": 4, "images": 64}
 
 
@@ -81,6 +83,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None:
                 require(f"engine.{name}", value, 1)
+        if self.threads is not None and self.threads > MOST_THREADS:  # PyTorch's own end is a crash
+            raise UserError(f"engine.threads: {self.threads} is not allowed; use 1 to {MOST_THREADS}, or null")
 
 
 @dataclass(frozen=True)
@@ -203,11 +207,11 @@ def refuse_local_section(values: Mapping[Any, Any]) -> None:
 def cell_config(values: Mapping[str, Any]) -> CellConfig:
     """Check the part of a composed configuration that determines results."""
     seed = values["seed"]
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise UserError(f"seed: {seed!r} is not allowed; use a whole number of 0 or more")
     bc = dict(section(values, "bc"))
     data = data_config(section(values, "data"))
     domain: Literal["text", "images"] = "images" if isinstance(data, ImageData) else "text"
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= LARGEST_SEED[domain]:
+        raise UserError(f"seed: {seed!r} is not allowed; use a whole number of 0 or more, to {LARGEST_SEED[domain]}")
     for key in ("scope", "kinds"):
         bc[key] = strings(f"bc.{key}", bc.get(key, ()))
     if bc["scope"] == ("paper",):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from bc import device as devices
 from bc.checkpoint import open_model
 from bc.errors import UserError
 from experiments.arguments import command
+from experiments.config import LARGEST_SEED
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,10 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise UserError(f"tokens: {self.tokens} is not allowed; use 1 or more")
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature: {self.temperature} is not allowed; use 0 or more")
+        if not 0 <= self.temperature < math.inf:  # nor what is not a number
+            raise UserError(f"temperature: {self.temperature} is not allowed; use a number of 0 or more")
+        if not 0 <= self.seed <= LARGEST_SEED["text"]:
+            raise UserError(f"seed: {self.seed} is not allowed; use 0 or more, to {LARGEST_SEED['text']}")
         if not self.prompt:
             raise UserError("prompt: is empty; give some text")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import language
+from experiments import generate, language
 from experiments.compose import expand
 from experiments.run import main
 from tests.bc.test_models import write_gguf
@@ -35,6 +35,8 @@ MISTAKES = [
     (["quantizer=rtn", "bc=sink", "bc.stream=calibration"], "bc.stream: 'calibration'", "bc.stream=float"),
     (["quantizer=gptq", "bc=paper", "bc.stream=calibration"], "bc.stream: 'calibration'", "bc.stream=float"),
     (["seed=-1"], "seed: -1 is not allowed", "0 or more"),
+    ([f"seed={2**63}"], f"seed: {2**63} is not allowed", f"to {2**63 - 1}"),
+    (["engine.threads=100000"], "engine.threads: 100000 is not allowed", "1 to 4096"),
     (["seed=0,1"], "seed: 0,1 is several values", "-m"),
     (["seed=[1,2]"], "seed: [1, 2] is not allowed", "a whole number"),
     (["data.evaluation.datasets=ptb,c4"], "add -m for a sweep over them, or write", "datasets=[ptb,c4]"),
@@ -125,3 +127,9 @@ def test_windows_are_held_against_a_gguf_files_positions(
     model.write_bytes(b"no such format")
     assert workspace.run(f"model.path={model}", "quantizer=rtn") == 2
     assert "cannot be read as GGUF" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("setting", ["temperature=.nan", "temperature=.inf", "temperature=-1.0", f"seed={2**63}"])
+def test_numbers_for_generate(setting: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate.main(["checkpoint=x", "prompt=y", setting]) == 2
+    assert_one_line(capsys, f"{setting.partition('=')[0]}: ", "is not allowed")
