@@ -31,7 +31,7 @@ class VisionTask:
     """See :class:`experiments.tasks.Task`."""
 
     def check(self, cell: CellConfig) -> None:
-        """Images are there, the model is known, and its checkpoint is there where a path is given.
+        """Images are there, the model is known and tells their classes apart, and a named checkpoint is there.
 
         Raises:
             UserError: The first thing that is wrong.
@@ -42,6 +42,10 @@ class VisionTask:
         for dataset in data.evaluation.datasets:
             images.check(dataset, "test", data.paths)
         vision.check(cell.model.name, cell.model.path)
+        for dataset in data.evaluation.datasets:
+            check_classes(cell, "data.evaluation.datasets", dataset)
+        if not cell.is_float and cell.bc.searched:  # labels of other training images are of no effect
+            check_classes(cell, "data.calibration.dataset", data.calibration.dataset)
         if cell.model.attention != "auto":
             raise UserError(
                 f"model.attention: {cell.model.attention!r} is for language models; a vision model's matmuls are "
@@ -118,6 +122,20 @@ class VisionTask:
 def preprocessing(cell: CellConfig) -> Preprocessing:
     """The model's evaluation transform, found without its weights."""
     return vision.preprocessing(cell.model.name)
+
+
+def check_classes(cell: CellConfig, field: str, dataset: str) -> None:
+    """Refuse a data set whose labels are not the model's classes.
+
+    Raises:
+        UserError: Their numbers differ.
+    """
+    labels, classes = images.CLASSES[dataset], vision.classes(cell.model.name)
+    if labels != classes:
+        raise UserError(
+            f"{field}: {dataset!r} has {labels:,} classes and model {cell.model.name!r} tells {classes:,} apart; "
+            f"choose a model of {labels:,} classes, or another data set"
+        )
 
 
 def compare_float(cell: CellConfig, top1: float, *, whole: bool) -> None:

@@ -10,10 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from bc import quantizers
+from bc.data import images
+from bc.errors import UserError
 from bc.settings import Compensation
+from bc.vision import classes
 from experiments import vision
 from experiments.compose import compose_run, expand, hydra_ready
 from experiments.identity import bc_label
@@ -112,6 +116,7 @@ def test_imagenet_folders_run_the_real_path(
     imagenet: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(images.CLASSES, "imagenet", 10)  # the three that are there are among the model's
     data = ("data=imagenet", f"data.paths.imagenet={imagenet}", "data.workers=0", "data.evaluation.limit=36")
     assert run(tmp_path / "out", *data, "quantizer=minmax", "bits=w8a8", "bc=paper", "seed=3") == 0
     (result,) = results_of(tmp_path / "out")
@@ -218,6 +223,43 @@ def test_one_line(
     default = [] if any(a.startswith("quantizer") for a in arguments) else ["quantizer=minmax", "bits=w4a4"]
     assert run(tmp_path, *default, *arguments) == 2
     assert_one_line(capsys, start, mend)
+
+
+@pytest.mark.parametrize("name", ["tiny_vit", "vit_tiny_patch16_224.augreg_in21k"])
+def test_models_of_other_classes_are_refused_before_work(
+    imagenet: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vision.VisionTask, "samples", None)  # work begins with them
+    data = ("data=imagenet", f"data.paths.imagenet={imagenet}", "data.evaluation.limit=36", "quantizer=minmax")
+    arguments = (*data, "bits=w8a8", "bc='off'", f"model={name}")
+    if "." in name:
+        arguments = (*arguments[:-1], "model=custom", f"model.name={name}")
+    assert run(tmp_path / "out", *arguments) == 2
+    number = "10" if name == "tiny_vit" else "21,843"
+    start = f"data.evaluation.datasets: 'imagenet' has 1,000 classes and model '{name}' tells {number} apart"
+    assert_one_line(capsys, start, "choose a model of 1,000 classes")
+
+
+def test_only_a_choice_reads_the_labels_of_training_images(imagenet: Path) -> None:
+    beside = ["data.calibration.dataset=imagenet", f"data.paths.imagenet={imagenet}", "quantizer=minmax", "bits=w4a4"]
+    with hydra_ready():
+        plain, searched = (compose_run([*SMALL, *beside, bc]).cell for bc in ("bc=paper", "bc=search"))
+    vision.VisionTask().check(plain)
+    with pytest.raises(
+        UserError, match=r"data\.calibration\.dataset: 'imagenet' has 1,000 classes and model 'tiny_vit'"
+    ):
+        vision.VisionTask().check(searched)
+
+
+def test_every_listed_vision_cell_has_a_model_of_its_classes() -> None:
+    from experiments.frame import EXPERIMENTS
+
+    tests = {"imagenet": "imagenet", "embedded_vision": "embedded_fashion"}
+    listed = [yaml.safe_load(path.read_text())["experiment"]["cells"] for path in EXPERIMENTS.glob("*.yaml")]
+    cells = [cell for entries in listed for cell in entries if cell["data"][0] in tests]
+    pairs = {(model, tests[data]) for cell in cells for model in cell["model"] for data in cell["data"]}
+    assert len(pairs) >= 14
+    assert not [(model, data) for model, data in pairs if classes(model) != images.CLASSES[data]]
 
 
 def test_table1_lists_the_papers_cells() -> None:
