@@ -215,8 +215,17 @@ def imagenet(split: str, paths: Paths | None) -> Pictures:
 
 def _flat(base: Path, folder: Path) -> Pictures:
     numbers = _numbers()
-    with _solution(base, folder).open(encoding="utf8", newline="") as stream:
-        labels = {row["ImageId"]: numbers[row["PredictionString"].split()[0]] for row in csv.DictReader(stream)}
+    solution, labels = _solution(base, folder), {}
+    with solution.open(encoding="utf8", newline="") as stream:
+        reader = csv.DictReader(stream)
+        try:
+            for row in reader:
+                labels[row["ImageId"]] = numbers[row["PredictionString"].split()[0]]
+        except (KeyError, IndexError, AttributeError, UnicodeDecodeError, csv.Error) as error:
+            raise UserError(
+                f"data.paths.imagenet: {str(solution)!r}, line {reader.line_num}: the columns ImageId,PredictionString "
+                "with a synset of ImageNet-1k first in the second are needed; fetch the file again"
+            ) from error
     names = _pictures_in(folder)
     missing = [name for name in names if Path(name).stem not in labels]
     if missing:

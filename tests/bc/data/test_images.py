@@ -354,6 +354,22 @@ def test_flat_validation_folder(folder: Path) -> None:
     assert sorted(y.tolist()) == sorted(NUMBERS * 6)
 
 
+@pytest.mark.parametrize(
+    "spoiled",
+    [
+        "Id,Label\nval_1,n01440764",
+        "ImageId,PredictionString\nval_1,",
+        "ImageId,PredictionString\nval_1",
+        "ImageId,PredictionString\nval_1,tench 1 2 3 4",
+    ],
+)
+def test_a_malformed_solution_is_one_line_with_its_columns(folder: Path, spoiled: str) -> None:
+    flatten(folder, solution=True)
+    (folder / "LOC_val_solution.csv").write_text(spoiled)
+    with pytest.raises(UserError, match=r"LOC_val_solution\.csv', line 2: the columns ImageId,PredictionString"):
+        batches("imagenet", SMALL, limit=24, paths={"imagenet": folder}, workers=0)
+
+
 def mistakes() -> dict[str, tuple[Callable[[Path], None], str]]:
     return {
         "no val": (lambda root: (root / "val").rename(root / "elsewhere"), "no validation split"),
