@@ -101,7 +101,7 @@ class ImageEvaluation:
 
 @dataclass(frozen=True)
 class ImageData:
-    """Calibration, fitting, selection and test images; ``paths`` and ``workers`` are not part of a cell's identity."""
+    """Calibration, fitting, selection and test images; the last three fields are not part of a cell's identity."""
 
     calibration: ImageCalibration
     compensation: ImageFit
@@ -109,6 +109,7 @@ class ImageData:
     evaluation: ImageEvaluation
     paths: dict[str, str | None] = field(default_factory=dict)
     workers: int | None = None
+    cache: bool = True
 
     def with_seed(self, seed: int) -> tuple[int, int]:
         """Seeds of the calibration and of the fitting images in a cell of this seed."""
@@ -144,7 +145,7 @@ def data_config(values: Mapping[str, Any]) -> DataConfig:
     kind = values.get("kind", "text")
     if kind not in PARTS:
         raise unknown("data.kind", kind, PARTS)
-    known = ("kind", *PARTS[kind], "paths", *(("workers",) if kind == "images" else ()))
+    known = ("kind", *PARTS[kind], "paths", *(("workers", "cache") if kind == "images" else ()))
     for key in values:
         if key not in known:
             raise unknown("data option", key, known)
@@ -165,6 +166,9 @@ def data_config(values: Mapping[str, Any]) -> DataConfig:
     workers = values.get("workers")
     if workers is not None and (not isinstance(workers, int) or workers < 0):
         raise UserError(f"data.workers: {workers!r} is not allowed; use 0 or more, or null")
+    cache = values.get("cache", True)
+    if not isinstance(cache, bool):
+        raise UserError(f"data.cache: {cache!r} is not allowed; use true or false")
     return ImageData(
         build_dataclass(ImageCalibration, parts["calibration"], "data.calibration"),
         build_dataclass(ImageFit, parts["compensation"], "data.compensation"),
@@ -172,6 +176,7 @@ def data_config(values: Mapping[str, Any]) -> DataConfig:
         build_dataclass(ImageEvaluation, parts["evaluation"], "data.evaluation"),
         paths,
         workers,
+        cache,
     )
 
 

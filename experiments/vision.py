@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -60,9 +61,8 @@ class VisionTask:
             self._training(cell, data, prepare, out)
         e = data.evaluation
         for dataset in e.datasets:
-            out.test[dataset] = images.test_batches(
-                dataset, prepare, limit=e.limit, offset=e.offset, paths=data.paths, workers=data.workers
-            )
+            beside: dict[str, Any] = {"paths": data.paths, "cache": data.cache, "workers": data.workers}
+            out.test[dataset] = images.test_batches(dataset, prepare, limit=e.limit, offset=e.offset, **beside)
         return out
 
     def _training(self, cell: CellConfig, data: ImageData, prepare: Preprocessing, out: Samples) -> None:

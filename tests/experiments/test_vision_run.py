@@ -20,7 +20,7 @@ from bc.settings import Compensation
 from bc.vision import classes
 from experiments import vision
 from experiments.compose import compose_run, expand, hydra_ready
-from experiments.identity import bc_label
+from experiments.identity import bc_label, cell_hash
 from experiments.run import main
 from experiments.tables import rebuild
 from experiments.tasks import Scores
@@ -238,6 +238,24 @@ def test_models_of_other_classes_are_refused_before_work(
     number = "10" if name == "tiny_vit" else "21,843"
     start = f"data.evaluation.datasets: 'imagenet' has 1,000 classes and model '{name}' tells {number} apart"
     assert_one_line(capsys, start, "choose a model of 1,000 classes")
+
+
+def test_the_cache_can_be_left_out_and_is_no_part_of_a_cell(
+    imagenet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BC_CACHE", str(tmp_path / "cache"))
+    where = ["data=imagenet", f"data.paths.imagenet={imagenet}", "data.workers=0", "data.evaluation.limit=36"]
+    few = [a for a in SMALL if not a.startswith(("data=", "data.evaluation"))]
+    with hydra_ready():
+        on, off = (
+            compose_run([*few, *where, "bits=float", "quantizer=none", f"data.cache={c}"]).cell for c in (True, False)
+        )
+        with pytest.raises(UserError, match=r"data\.cache: 3 is not allowed; use true or false"):
+            compose_run([*few, *where, "data.cache=3"])
+    assert cell_hash(on) == cell_hash(off)
+    for cell, kept in ((off, False), (on, True)):
+        list(vision.VisionTask().samples(cell).test["imagenet"])
+        assert (tmp_path / "cache" / "images").exists() == kept
 
 
 def test_only_a_choice_reads_the_labels_of_training_images(imagenet: Path) -> None:
