@@ -164,7 +164,7 @@ def data_config(values: Mapping[str, Any]) -> DataConfig:
             paths,
         )
     workers = values.get("workers")
-    if workers is not None and (not isinstance(workers, int) or workers < 0):
+    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 0):
         raise UserError(f"data.workers: {workers!r} is not allowed; use 0 or more, or null")
     cache = values.get("cache", True)
     if not isinstance(cache, bool):
