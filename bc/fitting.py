@@ -72,7 +72,7 @@ class Fit:
             if samples is None:
                 raise UserError(f"calibration: bc.scope={'+'.join(s.scope)} needs calibration samples; give some")
             first = self.capture(self.chain, samples)
-            first.halves = s.granularity in REGULARISED
+            first.halves = s.wants_halves
             self.float_fit = first if wants_float else None
             self.quantized_fit = (first.fork() if wants_float else first) if wants_quantized else None
         for name, part in (("calibration", calibration), ("held_out", held_out)):

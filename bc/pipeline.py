@@ -28,7 +28,7 @@ from bc.passes import input_sums, linears, second_moments
 from bc.progress import track
 from bc.quantizers.base import Group, Quantizer, SiteQuantizer, SiteResult
 from bc.report import Report
-from bc.settings import REGULARISED, Compensation
+from bc.settings import Compensation
 from bc.site_calibration import calibrate_sites
 from bc.sites import Site, Unit
 from bc.statistics import PositionSums
@@ -118,12 +118,11 @@ class Collection:
         Raises:
             UserError: The settings need what the quantizer has not.
         """
-        halves = settings.granularity in REGULARISED
         check_goes_with(settings, quantizer)
         if settings.stream == "calibration" and settings.enabled:
-            return cls(halves, "calibration")
+            return cls(settings.wants_halves, "calibration")
         if settings.scope == ("layer",) and settings.method == "bias" and _sees_all(quantizer):
-            return cls(halves)
+            return cls(settings.wants_halves)
         return None
 
 
@@ -317,7 +316,7 @@ def compensate(
         )
     if means is not None and any(result.inputs for result in quantized.values()):
         means = None  # they say nothing about quantized inputs
-    if means is not None and settings.granularity in REGULARISED and any(s.second is None for s in means.values()):
+    if means is not None and settings.wants_halves and any(s.second is None for s in means.values()):
         raise UserError(
             f"means: bc.granularity={settings.granularity} needs the sums of half the samples too; "
             "collect them with halves=True"

@@ -137,8 +137,7 @@ def fit_linear_map(fit: Fit, unit: Unit, source: nn.Module) -> None:
 
 def _halves(stream: Stream, x: Tensor, error: Tensor, seen: int) -> list[tuple[Tensor, Tensor]]:
     """Rows of the even and of the odd samples of a batch, counted over batches."""
-    odd = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    odd[odd_samples(seen, len(x), len(x) // stream.call.size, x.device)] = True
+    odd = odd_samples(seen, len(x), len(x) // stream.call.size, x.device)
     found = []
     for part in (~odd, odd):
         valid = None if stream.call.valid is None else stream.call.valid[part]

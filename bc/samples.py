@@ -28,28 +28,31 @@ def check_samples(model: nn.Module, samples: Any, where: str) -> None:
     """
     if is_vision(model):
         _check_images(model, samples, where)
-        return
-    if isinstance(samples, Tensor):
+    elif isinstance(samples, Tensor):
         _check_ids(model, samples, where, (2,))
-        if not len(samples):
-            raise UserError(f"{where}: there are no samples; give at least one")
-        return
-    if isinstance(samples, str | bytes) or not isinstance(samples, Sequence):
-        raise UserError(f"{where}: a {type(samples).__name__} is not allowed; give {TOKENS}")
-    if not samples:
+    elif isinstance(samples, str | bytes) or not isinstance(samples, Sequence):
+        raise UserError(f"{where}: a {_kind(samples)} is not allowed; give {TOKENS}")
+    if not len(samples):
         raise UserError(f"{where}: there are no samples; give at least one")
+    if isinstance(samples, Tensor):
+        return
     for number, sample in enumerate(samples):
         ids = sample.get("input_ids") if isinstance(sample, Mapping) else sample
         place = f"{where}[{number}]" + ("['input_ids']" if isinstance(sample, Mapping) else "")
         if not isinstance(ids, Tensor):
-            raise UserError(f"{place}: a {type(ids).__name__} is not allowed; give {TOKENS}")
+            raise UserError(f"{place}: a {_kind(ids)} is not allowed; give {TOKENS}")
         _check_ids(model, ids, place, (1, 2))
+
+
+def _kind(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
 
 
 def _check_ids(model: nn.Module, ids: Tensor, where: str, dimensions: tuple[int, ...]) -> None:
     if ids.dim() not in dimensions or ids.is_floating_point():
-        kind = f"{str(ids.dtype).removeprefix('torch.')} tensor of shape {tuple(ids.shape)}"
-        raise UserError(f"{where}: a {kind} is not allowed; give {TOKENS}")
+        raise UserError(f"{where}: a {_kind(ids)} is not allowed; give {TOKENS}")
     check_window(model, ids.shape[-1], where)
     known = getattr(getattr(model, "config", None), "vocab_size", None)
     if known is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < known:
@@ -61,12 +64,7 @@ def _check_ids(model: nn.Module, ids: Tensor, where: str, dimensions: tuple[int,
 
 def _check_images(model: Any, samples: Any, where: str) -> None:
     if not isinstance(samples, Tensor) or samples.dim() != 4 or not samples.is_floating_point():
-        kind = type(samples).__name__
-        if isinstance(samples, Tensor):
-            kind = f"{str(samples.dtype).removeprefix('torch.')} tensor of shape {tuple(samples.shape)}"
-        raise UserError(f"{where}: a {kind} is not allowed; give {IMAGES}")
-    if not len(samples):
-        raise UserError(f"{where}: there are no samples; give at least one")
+        raise UserError(f"{where}: a {_kind(samples)} is not allowed; give {IMAGES}")
     patches = getattr(model, "patch_embed", None)
     size = getattr(patches, "img_size", None) if getattr(patches, "strict_img_size", True) else None
     if size is not None and tuple(samples.shape[2:]) != tuple(size):

@@ -12,15 +12,15 @@ from bc.regularise import Estimates
 
 
 def odd_samples(before: int, rows: int, run: int = 1, device: torch.device | None = None) -> Tensor:
-    """Numbers of the rows of a batch that belong to every other sample: the second half of all samples.
+    """Which rows of a batch, bool of shape (rows,), belong to every other sample: the second half of all samples.
 
     Args:
         before: Samples in earlier batches.
         rows: Rows of the batch.
         run: Rows of one sample.
-        device: Where the numbers are wanted.
+        device: Where the answer is wanted.
     """
-    return ((before + torch.arange(rows, device=device) // run) % 2).nonzero()[:, 0]
+    return (before + torch.arange(rows, device=device) // run) % 2 == 1
 
 
 class PositionSums:
@@ -57,7 +57,7 @@ class PositionSums:
         if self.second is not None:
             rows = odd_samples(self._seen, len(values), run, values.device)
             self._seen += len(values) // run
-            if len(rows):
+            if bool(rows.any()):
                 part = positions if positions.shape[0] == 1 else positions[rows]
                 self.second.add(values[rows], part, None if valid is None else valid[rows])
         if valid is None and positions.shape[0] == 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from bc import device as devices
 from bc.errors import UserError
@@ -13,16 +13,18 @@ from experiments.config import BATCH, RunConfig
 from experiments.disk import disk_error
 
 log = logging.getLogger(__name__)
-T = TypeVar("T", bound=tuple[Any, ...])
+T = TypeVar("T")
 
 
-def with_smaller_batches(run: RunConfig, compute: Callable[[RunConfig], T]) -> T:
+def with_smaller_batches(run: RunConfig, compute: Callable[[RunConfig], T]) -> tuple[T, dict[str, int]]:
     """Compute a cell, with half the batch size each time that the memory does not suffice.
 
     Args:
         run: The cell and how it runs.
-        compute: Computes it; the first thing that it returns is the result, whose provenance gets ``batch_size``, the
-            one that it ran with, and ``batch_halvings``.
+        compute: Computes it.
+
+    Returns:
+        What was computed, and ``batch_size``, the one that it ran with, and ``batch_halvings``.
 
     Raises:
         UserError: A batch of one sample does not fit, or the disk is full or may not be written.
@@ -41,8 +43,7 @@ def with_smaller_batches(run: RunConfig, compute: Callable[[RunConfig], T]) -> T
                 raise UserError(too_small(run)) from error
         else:
             size = run.engine.batch_size or BATCH[run.cell.domain]
-            values[0]["provenance"] |= {"batch_size": size, "batch_halvings": halvings}
-            return values
+            return values, {"batch_size": size, "batch_halvings": halvings}
         halvings += 1  # outside the except block, whose traceback keeps the tensors of the attempt alive
         log.info("  out of memory with batches of %d; tries again with %d", size, size // 2)
         run = replace(run, engine=replace(run.engine, batch_size=size // 2))

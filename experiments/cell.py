@@ -26,7 +26,7 @@ from experiments.artefacts import Shared, calibration_statistics, float_statisti
 from experiments.attempts import with_smaller_batches
 from experiments.config import BATCH, CellConfig, RunConfig
 from experiments.data import ImageData
-from experiments.identity import SCHEMA, bc_label, bc_name, cell_hash, scientific, slug
+from experiments.identity import SCHEMA, bc_label, bc_name, cell_hash, scientific, shape_name, slug
 from experiments.provenance import Stopwatch, provenance
 from experiments.store import FAILED, INTERRUPTED, RUNNING, CellStore
 from experiments.tasks import Samples, task_of
@@ -79,7 +79,8 @@ def _run_locked(run: RunConfig, store: CellStore) -> Outcome:
     log.info("%s: starts", store.slug)
     mirror = Mirror(run, store.slug)
     try:
-        result, sites = with_smaller_batches(run, lambda attempt: compute(attempt, mirror))
+        (result, sites), batches = with_smaller_batches(run, lambda attempt: compute(attempt, mirror))
+        result["provenance"] |= batches
         store.commit(result, sites)
         mirror.complete(result, sites)
     except Exception as error:
@@ -270,13 +271,12 @@ def write_checkpoint(run: RunConfig, model: Any) -> None:
     log.info("  checkpoint: %s", path.parent)
 
 
-def keep_checkpoint(run: RunConfig) -> tuple[dict[str, Any]]:
-    """Make the checkpoint of a cell that is complete; returns how, as a result would say it."""
+def keep_checkpoint(run: RunConfig) -> None:
+    """Make the checkpoint of a cell that is complete; its result stays as it is."""
     cell, task = run.cell, task_of(run.cell)
     model = task.load(cell)
     quantize(run, model, task.samples(cell), make_engine(run), Stopwatch())
     write_checkpoint(run, model)
-    return ({"provenance": {}},)
 
 
 def _first(windows: Tensor | None, count: int) -> Tensor | None:
@@ -352,12 +352,10 @@ def label(cell: CellConfig) -> dict[str, Any]:
 
 
 def shape_of(bc: Compensation) -> dict[str, str]:
-    """Granularity, scope and stream as cells.csv has them; a rival method is named before a granularity of its own."""
+    """Granularity, scope and stream as cells.csv has them."""
     if not bc.enabled:
         return {"granularity": "", "scope": "", "stream": ""}
-    name: str = bc.granularity if bc.method == "bias" else bc.method
-    name += f"-{bc.granularity}" if bc.method != "bias" and bc.granularity != "channel" else ""
-    return {"granularity": name, "scope": "+".join(bc.scope), "stream": bc.stream}
+    return {"granularity": shape_name(bc), "scope": "+".join(bc.scope), "stream": bc.stream}
 
 
 def metrics_line(result: dict[str, Any]) -> str:

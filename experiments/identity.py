@@ -131,6 +131,13 @@ def with_seed(cell: CellConfig, seed: int) -> CellConfig:
     return replace(cell, seed=seed)
 
 
+def shape_name(bc: Compensation) -> str:
+    """Granularity of a bias; a rival method is named before a granularity of its own."""
+    if bc.method == "bias":
+        return bc.granularity
+    return bc.method if bc.granularity == "channel" else f"{bc.method}-{bc.granularity}"
+
+
 def bc_label(bc: Compensation, domain: str = "text") -> str:
     """A preset's name, or a description of the settings."""
     for name, preset in presets(vision=domain == "images").items():
@@ -138,8 +145,7 @@ def bc_label(bc: Compensation, domain: str = "text") -> str:
             return name
     if AUTO in bc.scope:
         return f"{AUTO}-{bc.budget:g}"
-    text: str = bc.granularity if bc.method == "bias" else bc.method
-    text += f"-{bc.granularity}" if bc.method != "bias" and bc.granularity != "channel" else ""
+    text = shape_name(bc)
     text += str(bc.sink_positions) if bc.granularity in ("sink", *REGULARISED) and bc.sink_positions != 1 else ""
     text += f"-{bc.budget:g}" if bc.granularity == "lowrank" and bc.budget != Compensation().budget else ""
     text += f"-{'+'.join(bc.scope)}-{bc.stream}"

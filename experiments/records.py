@@ -145,8 +145,13 @@ def _order(row: Row) -> tuple[tuple[int, float, str], ...]:
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write a cells.csv, complete or not at all."""
+    write_csv(path, COLUMNS, rows)
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
+    """Write a file of ours with a heading line, complete or not at all."""
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(stream, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, stream.getvalue())

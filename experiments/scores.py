@@ -9,7 +9,6 @@ is right, as hexadecimal digits, the first image in the highest bit of the first
 from __future__ import annotations
 
 import csv
-import io
 import math
 import re
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 
 from bc.errors import UserError
 from bc.evaluation import perplexity_of
-from experiments.records import FILE, Row, read_csv, read_rows, write_text
+from experiments.records import FILE, Row, read_csv, read_rows, write_csv
 
 FOLDER = "scores"
 COLUMNS = ("cell", "dataset", "unit", "samples", "scores")
@@ -102,11 +101,7 @@ def write_scores(path: Path, results: Iterable[dict[str, Any]]) -> None:
     if not new:
         return
     merged = read_scores(path) | new
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(merged[key] for key in sorted(merged))
-    write_text(path, stream.getvalue())
+    write_csv(path, COLUMNS, (merged[key] for key in sorted(merged)))
 
 
 def kept_results(results: Path, experiment: str) -> dict[str, dict[str, Any]]:

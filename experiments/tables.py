@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from bc.data.images import asked_for
 from experiments.arguments import EXPERIMENT, OVERRIDES, reading_command
 from experiments.compose import load_experiment
@@ -29,10 +27,11 @@ from experiments.records import FILE, Row, merge, read_rows, rows_of, write_rows
 from experiments.render import write_table
 from experiments.scores import path_of, write_scores
 from experiments.status import state_of
-from experiments.store import CellStore, all_results
+from experiments.store import CellStore, all_results, try_lock
 
 REASON_LENGTH = 60
 LOCK = ".tables.lock"  # below the results directory
+FOREVER = -1.0  # seconds, of a lock's patience
 PUBLISHED = Path(__file__).parent.parent / "results" / "published"
 
 
@@ -161,8 +160,7 @@ def one_at_a_time(results: Path) -> Iterator[None]:
     """
     with ExitStack() as held:
         with suppress(OSError):
-            results.mkdir(parents=True, exist_ok=True)
-            held.enter_context(FileLock(results / LOCK))
+            held.enter_context(try_lock(results / LOCK, FOREVER))
         yield
 
 
