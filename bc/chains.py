@@ -16,7 +16,7 @@ from bc.compensation import folds
 from bc.errors import UserError
 from bc.models import Family, submodule
 from bc.positions import PositionContext
-from bc.settings import AUTO, SCOPES, SEARCH, Compensation
+from bc.settings import AUTO, READOUT, SCOPES, SEARCH, Compensation
 from bc.sites import Site, Unit
 
 
@@ -29,6 +29,7 @@ class Chain(ABC):
         context: Token positions for the biases; None in a vision model, whose tokens have fixed places.
         tail: What follows the units and is needed for the logits.
         heads: Names of the modules whose output, or whose mean output, is the logits.
+        reads_once: Whether a head reads one vector of a sample and is a site of the last unit: a classifier's.
     """
 
     model: nn.Module
@@ -36,12 +37,14 @@ class Chain(ABC):
     context: PositionContext | None = None
     tail: tuple[nn.Module | None, ...] = ()
     heads: tuple[str, ...] = ()
+    reads_once = False
 
     @property
     def scopes(self) -> tuple[str, ...]:
         """Scopes that exist in this model."""
         found = {"layer"} | {scope for unit in self.units for scope in unit.regions}
         found |= {"model"} if self.heads else set()
+        found |= {READOUT} if self.heads and self.reads_once else set()
         found |= {"stage"} if any(unit.stage is not None for unit in self.units) else set()
         return tuple(scope for scope in SCOPES if scope in found)
 
@@ -49,6 +52,14 @@ class Chain(ABC):
     def sites(self) -> list[Site]:
         """All sites, in forward order."""
         return [site for unit in self.units for site in unit.sites]
+
+    def stage_edges(self, index: int) -> tuple[bool, bool]:
+        """Whether a unit opens and whether it ends a stage."""
+        mine = self.units[index].stage
+        if mine is None:
+            return False, False
+        opens = index == 0 or self.units[index - 1].stage != mine
+        return opens, index + 1 == len(self.units) or self.units[index + 1].stage != mine
 
     @abstractmethod
     def sink_positions(self, unit: Unit, asked: int) -> int:
@@ -96,6 +107,8 @@ class LanguageChain(Chain):
 
 class VisionChain(Chain):
     """The units of a vision transformer, from the images to the logits."""
+
+    reads_once = True
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

@@ -21,11 +21,11 @@ from bc.chains import is_vision
 from bc.pipeline import Engine, compensate
 from bc.progress import track
 from bc.quantizers.base import SiteResult
-from bc.settings import AUTO, Compensation, Stream, presets
+from bc.settings import AUTO, READOUT, Compensation, Stream, presets
 from bc.statistics import PositionSums
 
 TABLES = ("positional", "shrink")  # of the window's length: the only ones that a small budget rules out beforehand
-BLENDED = 3  # settings of a language model that are tried on the blended stream too
+FURTHER = 3  # settings that are tried on the blended stream or with a readout too
 SEARCHED = ("layer", "attention", "mlp", "block", "model")
 
 
@@ -56,6 +56,7 @@ def candidates(settings: Compensation, *, vision: bool) -> list[Compensation]:
     base = replace(settings, scope=("layer",), granularity="channel", stream="float")
     wide = presets(vision=vision)["paper"].scope
     found = [replace(settings, scope=(), granularity="channel", stream="float")]
+    found += [replace(found[0], scope=(READOUT,))] if vision else []
     streams: tuple[Stream, ...] = ("float", "quantized") if vision else ("float",)
     for stream in streams:
         fed = replace(base, stream=stream)
@@ -72,14 +73,19 @@ def candidates(settings: Compensation, *, vision: bool) -> list[Compensation]:
     return found
 
 
-def blended(trials: list[Trial]) -> list[Compensation]:
-    """The best few of the settings that were tried, on the blended stream.
+def further(trials: list[Trial], *, vision: bool) -> list[Compensation]:
+    """The best few of the settings that were tried: a vision model's with a readout, a language model's on the blend.
 
     Of the streams with earlier errors a language model does better on the blend, a vision model on the whole of them.
-    Fits on the blend are dear, and which shape of bias is good hardly depends on the stream.
+    Fits on the blend are dear, and which shape of bias is good hardly depends on the stream, nor on the readout, which
+    comes behind all biases but those of the logits.
     """
     best = sorted((t for t in trials if t.settings.enabled), key=lambda trial: trial.score, reverse=True)
-    return [replace(trial.settings, stream="blended") for trial in best[:BLENDED]]
+    if not vision:
+        return [replace(trial.settings, stream="blended") for trial in best[:FURTHER]]
+    plain = [t.settings for t in best if READOUT not in t.settings.scope]
+    found = [replace(s, scope=(*(scope for scope in s.scope if scope != "model"), READOUT)) for s in plain]
+    return list(dict.fromkeys(found))[:FURTHER]
 
 
 def choose(
@@ -128,9 +134,9 @@ def choose(
         sizes = {shape: size(shape) for shape in dict.fromkeys(map(_shape, chosen)) if shape.granularity in TABLES}
         chosen = [c for c in chosen[1:] if sizes.get(_shape(c), 0.0) <= limit]
     trials += [tried(candidate) for candidate in track(chosen, "choice of a setting", unit="setting")]
-    if AUTO in settings.scope and not is_vision(model):
-        further = blended([t for t in trials if t.bits_per_weight <= limit])
-        trials += [tried(candidate) for candidate in track(further, "the best on the blended stream", unit="setting")]
+    if AUTO in settings.scope:
+        best = further([t for t in trials if t.bits_per_weight <= limit], vision=is_vision(model))
+        trials += [tried(candidate) for candidate in track(best, "variants of the best", unit="setting")]
     return max((t for t in trials if t.bits_per_weight <= limit), key=lambda trial: trial.score).settings, trials
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,10 +18,11 @@ from bc.measuring import Measure
 from bc.parts import Captured, find, run_captured, run_fed
 from bc.passes import Taker, add_local, add_quantized, adding, adding_difference, adding_edges, advance
 from bc.quantizers.base import SiteResult
+from bc.readout import Readout
 from bc.regularise import Allowance, Estimates, LowRank, low_rank, shrink
 from bc.report import SiteReport
 from bc.rivals import fit_affine, fit_classic, fit_linear_map
-from bc.settings import REGULARISED, Compensation
+from bc.settings import READOUT, REGULARISED, Compensation
 from bc.sinks import find_sinks
 from bc.sites import WHOLE, Region, Site, Unit
 from bc.statistics import PositionSums
@@ -46,10 +48,12 @@ class Fit:
         self.chain, self.settings = chain, settings
         self.capture, self.results, self.means = capture, dict(results), means
         self.dtype = getattr(torch, settings.dtype)
-        self.allowance = Allowance(settings.budget / torch.finfo(self.dtype).bits)
-        # Of the allowance: what the bias of the logits has to store.
-        self.reserved = head_row(chain) if "model" in settings.scope else 0
-        self.allowance.take(self.reserved)
+        weights = sum(s.weight.numel() for s in chain.sites if s.name in results and s.weight is not None)
+        values = settings.budget / torch.finfo(self.dtype).bits * weights
+        self.readout = Readout(chain, values) if READOUT in settings.scope else None
+        self.reserved = head_row(chain) if "model" in settings.scope else 0  # of the values: for the bias of the logits
+        values -= self.reserved if self.readout is None else self.readout.size
+        self.allowance = Allowance(max(0.0, values), weights)
         self.behind = 0  # biases behind the sites of the unit under way
         self.float_fit: Stream | None = None
         self.quantized_fit: Stream | None = None
@@ -65,7 +69,7 @@ class Fit:
         """Capture the inputs of the first unit for whatever the settings need."""
         s = self.settings
         parts = any(scope not in ("layer", "model") for scope in s.scope) or s.method == "affine"
-        wants_quantized = s.enabled and (s.follows or "model" in s.scope)
+        wants_quantized = s.enabled and (s.follows or self.readout is not None or "model" in s.scope)
         closed = self.means is not None or s.method == "classic"
         wants_float = parts or "model" in s.scope or ("layer" in s.scope and not closed)
         if wants_float or wants_quantized:
@@ -92,13 +96,16 @@ class Fit:
             A report for every quantized site and every compensated part.
         """
         unit = self.chain.units[index]
-        stage_opens, stage_ends = self._stage_edges(index)
+        stage_opens, stage_ends = self.chain.stage_edges(index) if "stage" in self.settings.scope else (False, False)
         self.last = index + 1 == len(self.chain.units) and not {"model", "stage"} & set(self.settings.scope)
         if stage_opens and self.settings.stream == "float":
             assert self.float_fit is not None
             self.stage_fit = self.float_fit.fork()
         scopes = [scope for scope in unit.regions if scope in self.settings.scope]
         self.behind = len(scopes) + stage_ends
+        reads = self.readout if index + 1 == len(self.chain.units) else None
+        if reads is not None:
+            reads.aim(self, unit, source)
         layers = "layer" in self.settings.scope
         if not layers:
             self._deal(unit, {})
@@ -112,6 +119,8 @@ class Fit:
         started = time.perf_counter()
         reports = self.measure.unit(unit, source)
         self.seconds_measure += time.perf_counter() - started
+        if reads is not None:  # what folds has been folded
+            reports += reads.fit(self, unit)
         if self.ahead is not None:
             self.float_fit, self.ahead = self.ahead, None
         elif self.float_fit is not None and not passed and not self.last:
@@ -149,14 +158,6 @@ class Fit:
         if unit is not self.chain.units[-1]:
             self.measure.past(unit)
         return reports
-
-    def _stage_edges(self, index: int) -> tuple[bool, bool]:
-        """Whether a unit opens and whether it ends a stage that is to be compensated."""
-        units = self.chain.units
-        mine = units[index].stage
-        if mine is None or "stage" not in self.settings.scope:
-            return False, False
-        return index == 0 or units[index - 1].stage != mine, index + 1 == len(units) or units[index + 1].stage != mine
 
     def attach(self, site: str, module: nn.Module, bias: Tensor | LowRank, layout: str = "tokens") -> None:
         """Compensate a module with a bias of the settings' granularity; errors name the site."""
@@ -207,12 +208,15 @@ class Fit:
         if self.settings.granularity != "lowrank":
             return
         weights = sum(s.weight.numel() for s in unit.sites if s.name in self.results and s.weight is not None)
-        costs = []
-        for group in self.sites(unit) if "layer" in self.settings.scope else []:
-            for site in group:
-                channels = sums[site.name].total.shape[1] if site.weight is None else len(site.weight)
-                costs.append(channels if folds(site.module) else 2 * channels)
-        self.allowance.open(weights, costs + costs[-1:] * self.behind or [1] * self.behind)
+        costs, needs = [], 0
+        for site in itertools.chain(*self.sites(unit)) if "layer" in self.settings.scope else ():
+            channels = sums[site.name].total.shape[1] if site.weight is None else len(site.weight)
+            shared = 0 if folds(site.module) else channels
+            costs.append(channels + shared)
+            needs += shared
+        costs += self.behind * (costs[-1:] or [1])
+        needs += self.behind * next((len(s.weight) for s in reversed(unit.sites) if s.weight is not None), 0)
+        self.allowance.open(weights, costs, needs)
 
     def sites(self, unit: Unit) -> list[tuple[Site, ...]]:
         """Groups of the sites of a unit that are to be compensated."""

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+EARLY = 2  # shares of the values left that a part may take
+
 
 @dataclass(frozen=True)
 class Estimates:
@@ -132,14 +134,14 @@ def truncate(table: Tensor, leading: int, rank: int, own: int | None = None) -> 
     own = leading if own is None else min(own, leading)
     table = table.double()
     mean = table[leading:].mean(0, keepdim=True)
-    left, right = _factors(table[own:] - mean, rank)
+    left, right = factors(table[own:] - mean, rank)
     size = left.norm(dim=0) * right.norm(dim=1)
     balance = torch.where(size > 0, size.sqrt() / left.norm(dim=0).clamp(min=1e-150), 1.0)
     base = torch.cat([table[:own], mean])
     return LowRank(base.float(), (left * balance).float(), (right / balance[:, None]).float())
 
 
-def _factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The leading terms of a matrix's singular value decomposition, shapes (rows, rank) and (rank, columns).
 
     From the eigenvectors of the smaller Gram matrix, which take a fraction of the decomposition's time. Small singular
@@ -186,7 +188,7 @@ def _held_out(fitted: Tensor, other: Tensor, leading: int, own: int, most: int) 
     ‖O − T_r‖² = ‖O − mean‖² − Σ_{i ≤ r} (2 lᵢᵀ(O − mean)rᵢ − ‖lᵢ‖²‖rᵢ‖²), for the products lᵢrᵢᵀ are orthogonal.
     """
     mean = fitted[leading:].mean(0, keepdim=True)
-    left, right = _factors(fitted[own:] - mean, most)
+    left, right = factors(fitted[own:] - mean, most)
     rest = other[own:] - mean
     gains = 2 * ((left.T @ rest) * right).sum(1) - left.square().sum(0) * right.square().sum(1)
     steps = torch.cat([gains.new_zeros(1), gains.cumsum(0)])
@@ -196,22 +198,38 @@ def _held_out(fitted: Tensor, other: Tensor, leading: int, own: int, most: int) 
 class Allowance:
     """Values that the biases of a model may store, dealt out to its sites in the order in which they are fitted.
 
-    A part of the model may take what is its by its weights and what the parts before it left. A site gets a share of
-    that by what a row costs there, so that all could have as many.
+    A part of the model may take ``EARLY`` times what is its by its weights of all that is left and not needed: an error
+    that is made early passes through everything behind. A site gets a share of that by what a row costs there, so that
+    all could have as many.
+
+    Args:
+        values: Of all biases.
+        weights: Of all parts.
 
     Attributes:
-        per_weight: Values for each weight.
         left: Values that are left to the part under way.
         costs: Of the sites that are still to come there.
     """
 
-    def __init__(self, per_weight: float) -> None:
-        self.per_weight, self.left = per_weight, 0.0
+    def __init__(self, values: float, weights: int) -> None:
+        self._pool, self._weights = values, weights  # of the parts to come
+        self.left = 0.0
         self.costs: list[int] = []
 
-    def open(self, weights: int, costs: Sequence[int]) -> None:
-        """Go on to a part with so many weights, and sites where a row has so many values."""
-        self.left += self.per_weight * weights
+    def open(self, weights: int, costs: Sequence[int], needs: int = 0) -> None:
+        """Go on to a part.
+
+        Args:
+            weights: Of the part.
+            costs: Values of a row, of each of its sites.
+            needs: Values that it takes whatever its share: so many for its weights are left to the parts to come.
+        """
+        pool = self._pool + self.left
+        fair = pool * weights / max(1, self._weights)
+        self._weights -= weights
+        behind = needs * self._weights / max(1, weights)
+        self.left = min(fair + (EARLY - 1) * max(0.0, fair - needs), max(fair, pool - behind))
+        self._pool = pool - self.left
         self.costs = list(costs)
 
     def share(self) -> float:

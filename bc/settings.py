@@ -12,8 +12,9 @@ from bc.errors import UserError, unknown
 
 T = TypeVar("T")
 
-SCOPES = ("layer", "attention", "mlp", "downsample", "block", "stage", "model")
+SCOPES = ("layer", "attention", "mlp", "downsample", "block", "stage", "model", "readout")
 KINDS = ("conv", "linear", "matmul")
+READOUT = "readout"
 SEARCH = "search"
 AUTO = "auto"
 GRANULARITIES = ("channel", "sink", "positional", "shrink", "lowrank")
@@ -118,8 +119,9 @@ class Compensation:
 
     Attributes:
         scope: Union of ``layer``, ``attention``, ``mlp``, ``downsample``, ``block``, ``stage``, ``model`` (those that a
-            model has; downsamples and stages are Swin's); empty is no compensation; ``search`` or ``auto`` alone leaves
-            the choice to selection samples (:mod:`bc.choice`).
+            model has; downsamples and stages are Swin's), and ``readout``, the linear map behind a classifier's head
+            (:mod:`bc.readout`); empty is no compensation; ``search`` or ``auto`` alone leaves the choice to selection
+            samples (:mod:`bc.choice`).
         granularity: ``channel`` (one bias per output channel), ``sink`` (the first positions have one each, the rest
             share one), ``positional`` (one per position and channel, the paper's), ``shrink`` (positional, but drawn
             to the channel's by its estimated noise) or ``lowrank`` (channel plus a product of rank r).
@@ -133,7 +135,8 @@ class Compensation:
         dtype: How the biases are stored.
         kinds: Sites that scope ``layer`` covers: ``conv``, ``linear``, ``matmul``.
         budget: Bits per weight that all biases may take at most under ``lowrank``, which chooses own rows and ranks
-            within it (:class:`bc.regularise.Allowance`), and under ``auto``.
+            within it (:class:`bc.regularise.Allowance`), and under ``auto``; scope ``readout`` takes half of that at
+            most.
         blend: Share of the quantized stream under ``blended``, from 0 (the float stream) to 1 (the quantized one).
         method: ``bias``; ``classic`` (the same from the norm's own statistics, without data, where a Linear follows a
             LayerNorm); ``affine`` (scale and shift of every output channel; folded into the weight, they cost nothing;
@@ -200,10 +203,13 @@ class Compensation:
 
     def _check_method(self) -> None:
         """Refuse what a method cannot do."""
+        if {"model", READOUT} <= set(self.scope):
+            raise UserError(f"bc.scope: {READOUT} moves the logits as model does, and more; leave model out")
         wanted = {"classic": ("layer",), "affine": ("layer",), "linear": ("block",)}.get(self.method)
-        if wanted is None or not self.scope:
+        scope = tuple(name for name in self.scope if name != READOUT)
+        if wanted is None or not scope:
             return
-        if self.scope != wanted:
+        if scope != wanted:
             raise UserError(
                 f"bc.scope: {'+'.join(self.scope)} does not go with bc.method={self.method}; set [{wanted[0]}]"
             )
@@ -264,6 +270,7 @@ PRESETS: dict[str, Compensation] = {
     "affine": Compensation(("layer",), method="affine"),
     "linear": Compensation(("block",), method="linear"),
     "classic": Compensation(("layer",), method="classic"),
+    "readout": Compensation(("readout",)),
 }
 
 

@@ -34,8 +34,9 @@ PLACE = ("experiment", "model", "dataset", "metric", "test_samples")  # what onl
 WEIGHTS = ("quantizer", "options", "w_bits", "a_bits", "group_size", "calibration_data")
 KIND = ("bc", "granularity", "scope", "stream", "calibration_samples")
 WITHOUT_DATA = (*PLACE, "quantizer", "options", "w_bits", "a_bits", "group_size")
-KINDS = ("off", "channel", "sink", "positional", "paper", "shrink", "lowrank", "affine", "linear", "classic", "search")
-# KINDS: the order in which BC's presets are shown; others follow by name
+RIVALS = ("affine", "linear", "classic")
+# The order in which BC's presets are shown; others follow by name.
+KINDS = ("off", "channel", "sink", "positional", "paper", "shrink", "lowrank", "readout", *RIVALS, "search")
 LOWER_IS_BETTER = ("perplexity",)
 
 

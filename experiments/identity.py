@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from bc import models, vision
-from bc.settings import AUTO, KINDS, REGULARISED, Compensation, presets
+from bc.settings import AUTO, KINDS, READOUT, REGULARISED, Compensation, presets
 from bc.vision.checkpoints import embedded_revision
 from experiments.config import CellConfig, Numerics
 from experiments.data import ImageData
@@ -86,13 +86,18 @@ def bc_part(bc: Compensation) -> dict[str, Any] | None:
     }
     usual = {
         "kinds": bc.kinds == KINDS,
-        "budget": bc.granularity != "lowrank" and not (auto and bc.budget != default.budget),
+        "budget": not _budgeted(bc) and not (auto and bc.budget != default.budget),
         "method": bc.method == "bias",
         "blend": bc.stream != "blended" and not (auto and bc.blend != default.blend),
     }
     for name in (name for name, left_out in usual.items() if left_out):
         del part[name]
     return part
+
+
+def _budgeted(bc: Compensation) -> bool:
+    """Whether the budget has a say in the fit of these settings, which are not to be chosen."""
+    return bc.granularity == "lowrank" or READOUT in bc.scope
 
 
 def digest(value: Any) -> str:
@@ -132,7 +137,9 @@ def with_seed(cell: CellConfig, seed: int) -> CellConfig:
 
 
 def shape_name(bc: Compensation) -> str:
-    """Granularity of a bias; a rival method is named before a granularity of its own."""
+    """Granularity of a bias; a rival method is named before a granularity of its own; a readout alone is linear."""
+    if bc.scope == (READOUT,):
+        return "linear"
     if bc.method == "bias":
         return bc.granularity
     return bc.method if bc.granularity == "channel" else f"{bc.method}-{bc.granularity}"
@@ -145,10 +152,11 @@ def bc_label(bc: Compensation, domain: str = "text") -> str:
             return name
     if AUTO in bc.scope:
         return f"{AUTO}-{bc.budget:g}"
-    text = shape_name(bc)
+    alone = bc.scope == (READOUT,)
+    text = READOUT if alone else shape_name(bc)
     text += str(bc.sink_positions) if bc.granularity in ("sink", *REGULARISED) and bc.sink_positions != 1 else ""
-    text += f"-{bc.budget:g}" if bc.granularity == "lowrank" and bc.budget != Compensation().budget else ""
-    text += f"-{'+'.join(bc.scope)}-{bc.stream}"
+    text += f"-{bc.budget:g}" if _budgeted(bc) and bc.budget != Compensation().budget else ""
+    text += "" if alone else f"-{'+'.join(bc.scope)}-{bc.stream}"
     text += f"{bc.blend:g}" if bc.stream == "blended" and bc.blend != Compensation().blend else ""
     text += "" if bc.kinds == KINDS else f"-{'+'.join(bc.kinds)}"
     return text if bc.dtype == Compensation().dtype else f"{text}-{bc.dtype}"

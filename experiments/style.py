@@ -79,11 +79,12 @@ LOOKS = {
     "lowrank": Look("#CC79A7", "X", "--", "xx"),
     "affine": Look("#000000", "*", ":", "--"),
     "linear": Look("#882255", "<", "-.", "||"),
+    "readout": Look("#999933", "d", "--", "|"),
     "classic": Look("#B8A800", ">", ":", "oo"),
     "search": Look("#44AA99", "p", ":", "**"),
 }
 LATER = (":", "--", "-.")  # lines of variants by their number
-OTHERS = (Look("#AA4499", "h", "--", "/"), Look("#117733", "d", ":", "\\"), Look("#332288", "8", "-.", "."))
+OTHERS = (Look("#AA4499", "h", "--", "/"), Look("#117733", "H", ":", "\\"), Look("#332288", "8", "-.", "."))
 
 
 def looks(kinds: Sequence[str]) -> dict[str, Look]:

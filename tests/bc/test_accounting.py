@@ -57,7 +57,7 @@ def test_every_value_of_a_swins_biases_is_counted_once(scope: tuple[str, ...], g
 
 
 @pytest.mark.parametrize("samples", [1, 5])
-@pytest.mark.parametrize("scope", [("layer",), ("layer", "block")])
+@pytest.mark.parametrize("scope", [("layer",), ("layer", "block"), ("block",), ("attention", "block")])
 def test_low_rank_never_makes_a_bias_wider_than_it_was_allowed(scope: tuple[str, ...], samples: int) -> None:
     """A module's own bias would have the module's 32 bits a value, and the budget counts 16."""
     model = tiny_model("llama")

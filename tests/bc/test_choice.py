@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import bc
-from bc.choice import BLENDED, Trial, candidates, choose
+from bc.choice import FURTHER, Trial, candidates, choose, further
 from bc.errors import UserError
 from bc.pipeline import Engine, calibrate, compensate
 from bc.quantizers import create
@@ -59,9 +59,24 @@ def test_every_candidate_is_tried_where_all_are_allowed(case: Case) -> None:
     wanted = candidates(Compensation(AUTO.scope, AUTO.granularity, budget=1e6), vision=hasattr(case[0], "blocks"))
     assert [trial.settings for trial in trials[: len(wanted)]] == wanted
     assert not trials[0].settings.enabled
-    best = sorted(trials[1 : len(wanted)], key=lambda trial: trial.score, reverse=True)[:BLENDED]
-    further = [] if hasattr(case[0], "blocks") else [replace(trial.settings, stream="blended") for trial in best]
-    assert [trial.settings for trial in trials[len(wanted) :]] == further
+    best = sorted(trials[1 : len(wanted)], key=lambda trial: trial.score, reverse=True)
+    if not hasattr(case[0], "blocks"):
+        more = [replace(trial.settings, stream="blended") for trial in best[:FURTHER]]
+        assert [trial.settings for trial in trials[len(wanted) :]] == more
+        return
+    more = [trial.settings for trial in trials[len(wanted) :]]
+    assert len(more) == FURTHER and all("readout" in settings.scope for settings in more)
+    first = next(trial.settings for trial in best if "readout" not in trial.settings.scope)
+    assert set(more[0].scope) == (set(first.scope) | {"readout"}) - {"model"}
+    assert replace(more[0], scope=()) == replace(first, scope=())
+
+
+def test_the_best_are_tried_with_a_readout_once_each() -> None:
+    """Scopes that differ in the logits' bias alone are the same with a readout, which replaces it."""
+    scopes: list[tuple[str, ...]] = [("layer", "model"), ("layer",), ("readout",), ("block",), (), ("mlp",), ("stage",)]
+    trials = [Trial(Compensation(scope), (-float(i),), 4.0) for i, scope in enumerate(scopes)]
+    found = further(trials, vision=True)
+    assert [s.scope for s in found] == [("layer", "readout"), ("block", "readout"), ("mlp", "readout")]
 
 
 def test_a_budget_is_kept_and_what_is_beyond_it_is_not_tried(case: Case) -> None:

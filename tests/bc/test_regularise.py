@@ -163,21 +163,34 @@ def test_a_table_keeps_its_values_when_more_rows_are_set_apart() -> None:
         assert found.owning(own).own == own
 
 
+@pytest.mark.parametrize("more", [0, 1, 400, 100_000])
+@pytest.mark.parametrize("sizes", [[100] * 8, [10, *[100] * 6, 40], [300, 100, 20]])
+def test_what_later_parts_need_is_left_to_them(sizes: list[int], more: int) -> None:
+    """Where a part needs 5 values for 10 weights, and all take all that they may, none gets less than it needs."""
+    allowance = Allowance(sum(sizes) / 2 + more, sum(sizes))
+    for size in sizes:
+        allowance.open(size, [1], size // 2)
+        assert allowance.left >= size / 2 - 1e-9
+        allowance.take(int(allowance.share()))
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_an_allowance_is_never_exceeded(seed: int) -> None:
+    """A part gets twice its share by weights of all that is left, the last one all of it."""
     draw = random.Random(seed)
-    allowance, given, taken = Allowance(0.01), 0.0, 0
-    for _ in range(5):
-        weights = draw.randrange(10, 10_000)
+    weights = [draw.randrange(10, 10_000) for _ in range(5)]
+    given, taken = 0.01 * sum(weights), 0
+    allowance = Allowance(given, sum(weights))
+    for part, size in enumerate(weights):
         costs = [draw.randrange(1, 100) for _ in range(draw.randrange(0, 6))]
-        given += 0.01 * weights
-        allowance.open(weights, costs)
+        allowance.open(size, costs)
+        mine = (given - taken) * min(1.0, 2 * size / sum(weights[part:]))
         for i, cost in enumerate(costs):
             share = allowance.share()
-            assert share == pytest.approx((given - taken) * cost / sum(costs[i:]))
+            assert share == pytest.approx(mine * cost / sum(costs[i:]))
             values = int(share * draw.random())
             allowance.take(values)
-            taken += values
+            taken, mine = taken + values, mine - values
         assert taken <= given
     assert allowance.share() == pytest.approx(given - taken)  # all that is left
 

@@ -83,7 +83,9 @@ def test_bits_made_directly_are_checked_too(values, field):
 
 
 def test_the_presets_are_the_documented_ones():
-    assert " ".join(PRESETS) == ("off channel sink positional paper search auto shrink lowrank affine linear classic")
+    assert " ".join(PRESETS) == (
+        "off channel sink positional paper search auto shrink lowrank affine linear classic readout"
+    )
     assert Compensation.parse("off") == Compensation() and not Compensation.parse("off").enabled
     for name in ("channel", "sink", "positional"):
         found = Compensation.parse(name)
@@ -106,6 +108,9 @@ def test_the_order_of_scopes_does_not_matter():
         ({"scope": ("layers",)}, "bc.scope", "layer"),
         ({"scope": ("layer", "layer")}, "bc.scope", "twice"),
         ({"scope": ("layer",), "granularity": "chanel"}, "bc.granularity", "channel"),
+        ({"scope": ("model", "readout")}, "bc.scope", "leave model out"),
+        ({"scope": ("model", "readout"), "method": "linear"}, "bc.scope", "leave model out"),
+        ({"scope": ("layer", "readout"), "method": "linear"}, "bc.scope", "[block]"),
         ({"stream": "quantised"}, "bc.stream", "quantized"),
         ({"dtype": "float8"}, "bc.dtype", "float16"),
         ({"sink_positions": -1}, "bc.sink_positions", "1 or more"),

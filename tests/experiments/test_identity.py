@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -141,6 +142,10 @@ def test_float_cell_is_canonical() -> None:
 
 def test_bc_labels() -> None:
     assert [bc_label(preset) for preset in PRESETS.values()] == list(PRESETS)
+    assert bc_label(run("bc=readout", "bc.budget=0.05").cell.bc) == "readout-0.05"
+    wide = run("bc=affine", "bc.scope=[readout,layer]", "bc.stream=quantized", "bc.budget=0.05").cell
+    assert bc_label(wide.bc) == "affine-0.05-layer+readout-quantized"
+    assert cell_hash(wide) != cell_hash(replace(wide, bc=replace(wide.bc, budget=0.5)))
     assert bc_label(run("bc=sink", "bc.stream=quantized").cell.bc) == "sink-layer-quantized"
     assert bc_label(run("bc=sink", "bc.sink_positions=4", "bc.dtype=float32").cell.bc) == "sink4-layer-float-float32"
 
