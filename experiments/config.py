@@ -286,7 +286,7 @@ def check_combination(cell: CellConfig) -> None:
             f"report.held_out_samples: {cell.report.held_out_samples} is more than the "
             f"{cell.data.selection.samples} of data.selection.samples; lower the one or raise the other"
         )
-    strange = [scope for scope in ("downsample", "stage") if scope in cell.bc.scope]
+    strange = [scope for scope in ("downsample", "stage", "readout") if scope in cell.bc.scope]
     if strange and cell.domain == "text":
         raise UserError(
             f"bc.scope: no {strange[0]!r} in a language model; allowed: layer, attention, mlp, block, model"

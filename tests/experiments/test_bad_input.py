@@ -58,6 +58,8 @@ MISTAKES = [
     (["quantizer=none", "bits=float", "bc=sink"], "bc: there is nothing to compensate", "bc=off"),
     (["quantizer=ptq4vit"], "quantizer: 'ptq4vit' quantizes the weights and activations of vision", "gptq"),
     (["bits=float"], "bits: float does not go with quantizer=gptq", "quantizer=none"),
+    (["bc=readout"], "bc.scope: no 'readout' in a language model", "allowed: layer"),
+    (["bc=off", "bc.scope=[model,readout]"], "bc.scope: readout moves the logits as model does", "leave model out"),
     (["report.held_out_samples=5"], "report.held_out_samples: 5 is more than the 4", "lower"),
     (["data.evaluation.limit=0"], "data.evaluation.limit: 0 is not allowed", "1 or more"),
     (["data.evaluation.datasets=[wikitext]"], "'wikitext' is not known", "wikitext2"),
