@@ -14,6 +14,7 @@ from bc.calibration import Samples
 from bc.chains import chain_of, check_settings, is_vision
 from bc.checkpoint import open_model, save_model
 from bc.choice import choose
+from bc.divergence import Divergence
 from bc.errors import UserError
 from bc.evaluation import Accuracy, evaluate_accuracies, evaluate_accuracy, evaluate_perplexity
 from bc.pipeline import Collection, Engine, calibrate, compensate, float_means
@@ -67,8 +68,8 @@ def quantize(
             a quantizer without data, not compensated, does without.
         held_out: Samples that are not used to fit, for the errors in the report.
         score: What ``search`` and ``auto`` choose by: the quality of a compensated model, the higher the better, on
-            samples that are neither fitted nor tested on. By default minus the perplexity of ``held_out``; a vision
-            model needs one.
+            samples that are neither fitted nor tested on. By default minus the perplexity of ``held_out``; of a vision
+            model minus the divergence from the float model there (:class:`bc.divergence.Divergence`).
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         batch_size: Samples per forward.
         options: The quantizer's own options.
@@ -94,7 +95,7 @@ def quantize(
     if settings.searched and calibration is None:
         raise UserError(f"calibration: bc={'+'.join(settings.scope)} needs calibration samples; give some")
     if settings.searched and score is None:
-        score = _by_perplexity(model, held_out, engine)
+        score = _usual_score(model, held_out, engine)
     collect = Collection.wanted(settings, method)
     results = calibrate(model, method, calibration, engine, collect=collect)
     means = collect.sums if collect else None
@@ -116,23 +117,22 @@ def quantize(
     )
 
 
-def _by_perplexity(model: nn.Module, windows: Samples | None, engine: Engine) -> Score:
-    """Minus the perplexity of held-out windows.
+def _usual_score(model: nn.Module, samples: Samples | None, engine: Engine) -> Score:
+    """Minus the perplexity of held-out windows, or minus the divergence on held-out images.
 
     Raises:
-        UserError: There are none, or the model has none.
+        UserError: There are none.
     """
-    if is_vision(model):
+    vision_model = is_vision(model)
+    if not isinstance(samples, Tensor) or (not vision_model and samples.dim() != 2):
+        wanted = "images" if vision_model else "windows of token ids"
         raise UserError(
-            "score: a choice among settings of a vision model needs one, a function of the compensated model that is "
-            "the higher the better; give for example score=lambda twin: bc.accuracy(twin, batches).top1"
+            f"held_out: a choice among settings needs {wanted} that fit nothing, as one tensor; give some, or a score"
         )
-    if not isinstance(windows, Tensor) or windows.dim() != 2:
-        raise UserError(
-            "held_out: a choice among settings needs windows of token ids that fit nothing, as one tensor; give some, "
-            "or a score"
-        )
-    return lambda twin: -evaluate_perplexity(twin, windows, engine)
+    if vision_model:
+        divergence = Divergence(model, samples, engine)
+        return lambda twin: -divergence(twin)
+    return lambda twin: -evaluate_perplexity(twin, samples, engine)
 
 
 def perplexity(model: nn.Module, windows: Tensor, *, device: str = "auto", batch_size: int = 4) -> float:

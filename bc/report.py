@@ -65,7 +65,7 @@ class SiteReport:
 
     Attributes:
         site: Dotted name of the module.
-        scope: ``layer``, ``attention``, ``mlp``, ``block`` or ``model``.
+        scope: ``layer`` of a site; of a part the name of the scope under which it is compensated.
         granularity: Of the site's bias; empty where it has none.
         bias_parameters: Values that its bias adds to the model; 0 where it was folded into a bias that was there.
         folded: The bias became part of the module's own.

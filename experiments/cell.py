@@ -246,7 +246,7 @@ def choose_settings(
         cell.bc,
         samples.fit,
         engine,
-        lambda twin: task.selection_score(twin, samples, engine),
+        task.selection_score(model, samples, engine, cell),
         means.value if means else None,
     )
     return settings, [

@@ -14,7 +14,7 @@ from bc.evaluation import evaluate_perplexity, perplexity_of, window_losses
 from bc.pipeline import Engine
 from experiments.config import CellConfig
 from experiments.data import TextData
-from experiments.tasks import Samples, Scores
+from experiments.tasks import Samples, Scores, SelectionScore
 
 POSITION_FIELDS = ("max_position_embeddings", "n_positions")  # a model without either has no limit of its own
 
@@ -79,10 +79,11 @@ class LanguageTask:
             scores.outcomes[dataset] = losses
         return scores
 
-    def selection_score(self, model: nn.Module, samples: Samples, engine: Engine) -> tuple[float, ...]:
+    def selection_score(self, model: nn.Module, samples: Samples, engine: Engine, cell: CellConfig) -> SelectionScore:
         """Minus the perplexity of the selection windows."""
-        assert samples.selection is not None
-        return (-evaluate_perplexity(model, samples.selection, engine),)
+        windows = samples.selection
+        assert windows is not None
+        return lambda twin: (-evaluate_perplexity(twin, windows, engine),)
 
 
 def check_windows(cell: CellConfig, longest: int | None) -> None:

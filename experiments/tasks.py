@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from bc.pipeline import Engine
 from experiments.config import CellConfig
+
+SelectionScore = Callable[[nn.Module], tuple[float, ...]]
 
 
 @dataclass
@@ -58,8 +61,8 @@ class Task(Protocol):
     def evaluate(self, model: nn.Module, samples: Samples, engine: Engine, cell: CellConfig) -> Scores:
         """Score the test samples."""
 
-    def selection_score(self, model: nn.Module, samples: Samples, engine: Engine) -> tuple[float, ...]:
-        """Score on the selection samples, higher being better."""
+    def selection_score(self, model: nn.Module, samples: Samples, engine: Engine, cell: CellConfig) -> SelectionScore:
+        """A compensated model → its score on the selection samples, higher being better; ``model`` is the float one."""
 
 
 def task_of(cell: CellConfig) -> Task:

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from bc import vision
 from bc.data import images
 from bc.data.images import Draw
+from bc.divergence import Divergence
 from bc.errors import UserError
 from bc.evaluation import evaluate_accuracy
 from bc.pipeline import Engine
+from bc.settings import SEARCH
 from bc.vision.transforms import Preprocessing
 from experiments.config import CellConfig
 from experiments.data import ImageData
-from experiments.tasks import Samples, Scores
+from experiments.tasks import Samples, Scores, SelectionScore
 
 log = logging.getLogger(__name__)
 TOLERANCE = 0.1  # percent of top-1 by which a float model may differ from its published value
@@ -45,7 +47,7 @@ class VisionTask:
         vision.check(cell.model.name, cell.model.path)
         for dataset in data.evaluation.datasets:
             check_classes(cell, "data.evaluation.datasets", dataset)
-        if not cell.is_float and cell.bc.searched:  # labels of other training images are of no effect
+        if not cell.is_float and SEARCH in cell.bc.scope:  # labels of other training images are of no effect
             check_classes(cell, "data.calibration.dataset", data.calibration.dataset)
         if cell.model.attention != "auto":
             raise UserError(
@@ -110,13 +112,23 @@ class VisionTask:
                 compare_float(cell, found.top1, whole=found.samples == images.IMAGENET_TEST)
         return scores
 
-    def selection_score(self, model: nn.Module, samples: Samples, engine: Engine) -> tuple[float, ...]:
-        """Top-1 on the selection images; where two are equal, the lower cross-entropy."""
-        assert samples.selection is not None and samples.labels is not None
-        size = engine.batch_size
-        pairs = zip(samples.selection.split(size), samples.labels.split(size), strict=True)
-        found = evaluate_accuracy(model, pairs, engine)
-        return found.top1, -found.loss
+    def selection_score(self, model: nn.Module, samples: Samples, engine: Engine, cell: CellConfig) -> SelectionScore:
+        """Minus the divergence from the float model on the selection images.
+
+        Of the paper's search top-1 there, and, where two are equal, the lower cross-entropy.
+        """
+        selection, labels = samples.selection, samples.labels
+        assert selection is not None and labels is not None
+        if SEARCH not in cell.bc.scope:
+            divergence = Divergence(model, selection, engine)
+            return lambda twin: (-divergence(twin),)
+
+        def accuracy(twin: nn.Module) -> tuple[float, ...]:
+            pairs = zip(selection.split(engine.batch_size), labels.split(engine.batch_size), strict=True)
+            found = evaluate_accuracy(twin, pairs, engine)
+            return found.top1, -found.loss
+
+        return accuracy
 
 
 def preprocessing(cell: CellConfig) -> Preprocessing:

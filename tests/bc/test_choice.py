@@ -163,12 +163,30 @@ def test_quantize_chooses_by_the_perplexity_of_held_out_windows() -> None:
     assert bc.perplexity(model, ids[4:], device="cpu") <= least * (1 + 1e-5)
 
 
+def test_quantize_chooses_by_the_divergence_on_held_out_images() -> None:
+    """None of a few settings that it tries is nearer to the float model on the images that fit nothing."""
+    model, few = make("vit")
+    model, images = wrap(model), torch.randn(9, *few.shape[1:], generator=torch.Generator().manual_seed(5))
+    goal = copy.deepcopy(model)(images[5:]).softmax(1)
+
+    def divergence(twin: nn.Module) -> float:
+        return float((goal * (goal.log() - twin(images[5:]).softmax(1).log())).sum(1).mean())
+
+    twins = {name: copy.deepcopy(model) for name in ("off", "channel", "sink", "affine", "readout")}
+    settings = Compensation(AUTO.scope, AUTO.granularity, budget=1e6)
+    report = bc.quantize(model, "minmax", "w4a4", settings, images[:5], held_out=images[5:], device="cpu")
+    assert report.settings is not None and not report.settings.searched
+    for name, twin in twins.items():
+        bc.quantize(twin, "minmax", "w4a4", name, images[:5], device="cpu")
+        assert divergence(model) <= divergence(twin) * (1 + 1e-5), name
+
+
 @pytest.mark.parametrize("preset", ["auto", "search"])
 def test_a_choice_that_cannot_be_made_is_refused_first(case: Case, preset: str) -> None:
     model, samples, _ = case
     vision = hasattr(model, "blocks")
-    quantizer, bits, where = ("minmax", "w4a4", "score") if vision else ("rtn", "w3", "held_out")
-    with pytest.raises(UserError, match=rf"^{where}: "):
+    quantizer, bits, what = ("minmax", "w4a4", "images") if vision else ("rtn", "w3", "windows")
+    with pytest.raises(UserError, match=rf"^held_out: .*{what}.* or a score"):
         bc.quantize(model, quantizer, bits, preset, samples)
     with pytest.raises(UserError, match=r"^calibration: "):
         bc.quantize(model, quantizer, bits, preset, None, score=lambda twin: 0.0)

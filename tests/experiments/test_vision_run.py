@@ -89,6 +89,28 @@ def test_the_searched_scope_is_chosen_without_the_test_images(tmp_path: Path, mo
     assert result["label"]["bc"] == "search"
 
 
+def test_auto_needs_no_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same is chosen, by the same scores, where the labels of the selection images are wrong."""
+    settings = ("quantizer=minmax", "bits=w2a4", "bc=auto", "bc.budget=0.05")
+    assert run(tmp_path / "a", *settings) == 0
+    read = vision.VisionTask.samples
+
+    def shuffled(self: vision.VisionTask, *arguments: Any) -> Any:
+        found = read(self, *arguments)
+        found.labels = found.labels.flip(0)
+        return found
+
+    monkeypatch.setattr(vision.VisionTask, "samples", shuffled)
+    assert run(tmp_path / "b", *settings) == 0
+    (one,), (two,) = results_of(tmp_path / "a"), results_of(tmp_path / "b")
+    assert one["choice"] == two["choice"] and one["label"] == two["label"]
+    scores = {trial["setting"]: trial["score"] for trial in one["choice"]}
+    assert scores["readout-0.05"][0] > scores["off"][0]
+    within = [t for t in one["choice"] if t["bits_per_weight"] <= one["choice"][0]["bits_per_weight"] + 0.05]
+    best = max(within, key=lambda trial: trial["score"])
+    assert best["bits_per_weight"] == one["bits_per_weight"]
+
+
 def jpeg(mode: str, width: int, height: int, shade: int) -> bytes:
     bands = {"RGB": (3,), "L": (), "CMYK": (4,)}[mode]
     stream = io.BytesIO()
