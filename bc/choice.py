@@ -17,7 +17,7 @@ from torch import nn
 
 from bc.affine import has_scales
 from bc.calibration import Samples
-from bc.chains import is_vision
+from bc.chains import chain_of, is_vision
 from bc.pipeline import Engine, compensate
 from bc.progress import track
 from bc.quantizers.base import SiteResult
@@ -123,7 +123,8 @@ def choose(
         """Bits per weight, which do not depend on how many samples are fitted."""
         return compensate(copy.deepcopy(model), quantized, candidate, samples[:1], engine).bits_per_weight
 
-    chosen = candidates(settings, vision=is_vision(model))
+    known = {*chain_of(model).scopes}
+    chosen = [c for c in candidates(settings, vision=is_vision(model)) if known.issuperset(c.scope)]
     if not all(map(has_scales, quantized.values())):
         chosen = [candidate for candidate in chosen if candidate.method != "affine"]
     limit = float("inf")
@@ -136,6 +137,7 @@ def choose(
     trials += [tried(candidate) for candidate in track(chosen, "choice of a setting", unit="setting")]
     if AUTO in settings.scope:
         best = further([t for t in trials if t.bits_per_weight <= limit], vision=is_vision(model))
+        best = [candidate for candidate in best if known.issuperset(candidate.scope)]
         trials += [tried(candidate) for candidate in track(best, "variants of the best", unit="setting")]
     return max((t for t in trials if t.bits_per_weight <= limit), key=lambda trial: trial.score).settings, trials
 

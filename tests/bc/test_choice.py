@@ -103,6 +103,17 @@ def test_nothing_is_kept_where_nothing_helps(case: Case) -> None:
     assert not winner.enabled  # the first of those without values of their own
 
 
+def test_a_model_without_a_head_is_chosen_for_as_well() -> None:
+    model, few = make("vit")
+    model.reset_classifier(0)  # type: ignore[operator]
+    model, images = wrap(model), torch.randn(5, *few.shape[1:], generator=torch.Generator().manual_seed(5))
+    goal = copy.deepcopy(model)(images)
+    options: dict[str, Any] = {"score": lambda twin: -float((twin(images) - goal).square().mean()), "device": "cpu"}
+    report = bc.quantize(model, "minmax", "w3a4", Compensation(AUTO.scope, budget=1e6), images, **options)
+    assert report.settings is not None and report.settings.enabled
+    assert not {"model", "readout"} & set(report.settings.scope)
+
+
 @pytest.mark.parametrize("stream", ["float", "quantized"])
 @pytest.mark.parametrize("scope", [("layer",), ("layer", "block"), ("block",), ("layer", "model")])
 def test_low_rank_keeps_to_the_budget(case: Case, scope: tuple[str, ...], stream: str) -> None:
