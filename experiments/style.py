@@ -79,7 +79,7 @@ LOOKS = {
     "lowrank": Look("#CC79A7", "X", "--", "xx"),
     "affine": Look("#000000", "*", ":", "--"),
     "linear": Look("#882255", "<", "-.", "||"),
-    "readout": Look("#999933", "d", "--", "|"),
+    "readout": Look("#661100", "d", "--", "|"),
     "classic": Look("#B8A800", ">", ":", "oo"),
     "search": Look("#44AA99", "p", ":", "**"),
 }
@@ -177,11 +177,13 @@ def legend_of(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> 
     """A legend below the figure, in as many columns as its width has room for."""
     if not labels:
         return
-    inches = 0.55 + 0.065 * max(len(label) for label in labels)
+    inches = 0.5 + 0.0575 * max(len(label) for label in labels)
     columns = max(1, min(len(labels), int(figure.get_figwidth() / inches)))
     rows = -(-len(labels) // columns)
     figure.set_figheight(figure.get_figheight() + 0.17 * max(0, rows - 2))  # the panels keep their height
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=2.2)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=2.2, columnspacing=1
+    )
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
