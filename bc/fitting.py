@@ -106,8 +106,7 @@ class Fit:
         reads = self.readout if index + 1 == len(self.chain.units) else None
         if reads is not None:
             reads.aim(self, unit, source)
-        layers = "layer" in self.settings.scope
-        if not layers:
+        if not (layers := "layer" in self.settings.scope):
             self._deal(unit, {})
         passed = layers and self._fit_layers(unit, source, scopes)
         if self.settings.method == "linear":
