@@ -233,6 +233,7 @@ def cell_config(values: Mapping[str, Any]) -> CellConfig:
         numerics=numerics_of(engine_config(values), model),
     )
     check_combination(cell)
+    check_report(section(values, "report"), cell)
     return cell
 
 
@@ -281,11 +282,6 @@ def check_combination(cell: CellConfig) -> None:
         raise UserError("bc: there is nothing to compensate with quantizer=none, the float model; set bc=off")
     if cell.bc.enabled:
         check_goes_with(cell.bc, quantizers.available()[cell.quantizer])
-    if cell.report.held_out_samples > cell.data.selection.samples:
-        raise UserError(
-            f"report.held_out_samples: {cell.report.held_out_samples} is more than the "
-            f"{cell.data.selection.samples} of data.selection.samples; lower the one or raise the other"
-        )
     strange = [scope for scope in ("downsample", "stage", "readout") if scope in cell.bc.scope]
     if strange and cell.domain == "text":
         raise UserError(
@@ -293,6 +289,21 @@ def check_combination(cell: CellConfig) -> None:
         )
     if cell.bc.searched and not cell.data.selection.samples:
         raise UserError("data.selection.samples: 0 leaves nothing to choose a scope on; set it to 1 or more")
+
+
+def check_report(given: Mapping[str, Any], cell: CellConfig) -> None:
+    """Refuse errors on more samples than there are; the usual number of those fitted on adapts itself."""
+    fitted = "compensation" if isinstance(cell.data, ImageData) else "calibration"
+    most = {"held_out_samples": ("selection", cell.data.selection.samples)}
+    if given.get("calibration_samples") is not None:
+        most["calibration_samples"] = (fitted, getattr(cell.data, fitted).samples)
+    for key, (name, samples) in most.items():
+        asked = getattr(cell.report, key)
+        if asked > samples:
+            raise UserError(
+                f"report.{key}: {asked} is more than the {samples} of data.{name}.samples; "
+                "lower the one or raise the other"
+            )
 
 
 def check_domain(name: str, domain: str) -> None:

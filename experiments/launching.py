@@ -13,15 +13,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ValidationError
 
 from bc import device as devices
 from bc.errors import UserError
+from experiments.secrets import refuse_secrets_within
 from experiments.store import write_json
 from experiments.sweep import DEVICE, OUTCOME, THREADS, Outcome, forget, read_outcome, say
 
@@ -32,6 +33,19 @@ LOOK = 15.0  # seconds between looks at Slurm's queue, where there is no account
 GOING_ON = {"PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING"}
 GOING_ON |= {"STAGE_OUT", "PREEMPTED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"}
 EXECUTOR_ARGUMENTS = ("max_num_timeout",)
+
+
+def check_launcher(config: DictConfig) -> None:
+    """Refuse a launcher's settings that hold secrets.
+
+    Args:
+        config: Hydra's, as composed.
+
+    Raises:
+        UserError: Naming the setting.
+    """
+    section = OmegaConf.to_container(config.hydra.launcher, resolve=False)
+    refuse_secrets_within(cast("dict[str, Any]", section), "hydra.launcher")
 
 
 def run_locally(

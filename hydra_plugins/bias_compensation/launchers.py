@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from hydra.core.utils import JobReturn
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
 
 try:
     from hydra_plugins.hydra_submitit_launcher.submitit_launcher import BaseSubmititLauncher as Submitit
@@ -16,7 +18,17 @@ except ImportError:  # without the extra "cluster" Hydra knows neither these lau
     pass
 else:
 
-    class LocalLauncher(Submitit):
+    class Launcher(Submitit):
+        """What is the same for all."""
+
+        def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+            """See :class:`hydra.plugins.launcher.Launcher`; comes before anything is written."""
+            from experiments.launching import check_launcher
+
+            check_launcher(config)
+            super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+
+    class LocalLauncher(Launcher):
         """Cells in a pool of processes on this machine, each with a GPU of its own where there are several.
 
         Args:
@@ -36,7 +48,7 @@ else:
 
             return run_locally(self, job_overrides, initial_job_idx, self.cells_at_once)
 
-    class SlurmLauncher(Submitit):
+    class SlurmLauncher(Launcher):
         """Cells as the tasks of a Slurm job array."""
 
         _EXECUTOR = "slurm"

@@ -60,6 +60,7 @@ MISTAKES = [
     (["bits=float"], "bits: float does not go with quantizer=gptq", "quantizer=none"),
     (["bc=readout"], "bc.scope: no 'readout' in a language model", "allowed: layer"),
     (["bc=off", "bc.scope=[model,readout]"], "bc.scope: readout moves the logits as model does", "leave model out"),
+    (["report.calibration_samples=9"], "report.calibration_samples: 9 is more than the 8 of data.calib", "lower"),
     (["report.held_out_samples=5"], "report.held_out_samples: 5 is more than the 4", "lower"),
     (["data.evaluation.limit=0"], "data.evaluation.limit: 0 is not allowed", "1 or more"),
     (["data.evaluation.datasets=[wikitext]"], "'wikitext' is not known", "wikitext2"),

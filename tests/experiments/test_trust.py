@@ -14,7 +14,7 @@ import torch
 
 from experiments import status
 from experiments.run import main, tidy
-from experiments.secrets import redact
+from experiments.secrets import redact, refuse_secrets_within
 from tests.conftest import tiny_model
 from tests.experiments.conftest import Workspace, make_tokenizer
 
@@ -182,6 +182,37 @@ def test_a_secret_on_the_command_line_is_refused_before_anything_is_written(
     assert line.startswith("error: +logger.api_key: its value is a secret")
     assert "5ec2e7" not in line
     assert not workspace.results.exists()
+
+
+@pytest.mark.parametrize(
+    ("setup", "says"),
+    [
+        ("export HF_TOKEN=5ec2e7-of-the-hub", "HF_TOKEN's value is a secret"),
+        ("export WANDB_API_KEY='5ec2e7-of-wandb'", "WANDB_API_KEY's value is a secret"),
+        ("login hf_5ec2e7tokenOfTheHub0123", "its value is a secret"),
+    ],
+)
+@pytest.mark.parametrize("launcher", ["local", "slurm"])
+def test_a_secret_in_a_launchers_configuration_is_refused_before_anything_is_written(
+    workspace: Workspace, launcher: str, setup: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file beside ours, which the command line only names."""
+    pytest.importorskip("submitit", reason="the launchers need the extra 'cluster'")
+    mine = tmp_path / "hydra/launcher/mine.yaml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text(f'defaults: [{launcher}, _self_]\nsetup: ["module load cuda", "{setup}"]\n')
+    assert workspace.run("-m", *RTN, "hydra/launcher=mine", "--config-dir", str(tmp_path)) == 2
+    line = failure(capsys)
+    assert line.startswith(f"error: hydra.launcher.setup: {says}")
+    assert "5ec2e7" not in line
+    assert not workspace.results.exists()
+
+
+@pytest.mark.parametrize(
+    "setup", ["export HF_TOKEN=$(cat ~/.token)", 'export HF_TOKEN="$MINE"', "export HF_TOKEN", "export HF_HOME=/x"]
+)
+def test_a_launcher_may_read_secrets_from_elsewhere(setup: str) -> None:
+    refuse_secrets_within({"setup": [setup], "name": "${hydra.job.name}", "mem_gb": None}, "hydra.launcher")
 
 
 def test_redaction(monkeypatch: pytest.MonkeyPatch) -> None:
