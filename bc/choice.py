@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -18,11 +19,14 @@ from torch import nn
 from bc.affine import has_scales
 from bc.calibration import Samples
 from bc.chains import chain_of, is_vision
+from bc.errors import QuantizationError
 from bc.pipeline import Engine, compensate
 from bc.progress import track
 from bc.quantizers.base import SiteResult
 from bc.settings import AUTO, READOUT, Compensation, Stream, presets
 from bc.statistics import PositionSums
+
+log = logging.getLogger(__name__)
 
 TABLES = ("positional", "shrink")  # of the window's length: the only ones that a small budget rules out beforehand
 FURTHER = 3  # settings that are tried on the blended stream or with a readout too
@@ -35,13 +39,15 @@ class Trial:
 
     Attributes:
         settings: What was tried.
-        score: On the selection samples; tuples are compared in order, higher is better.
-        bits_per_weight: Of the compensated model.
+        score: On the selection samples; tuples are compared in order, higher is better. Empty where it failed.
+        bits_per_weight: Of the compensated model; NaN where it failed.
+        failure: Why no valid bias was found, by site name.
     """
 
     settings: Compensation
     score: tuple[float, ...]
     bits_per_weight: float
+    failure: str | None = None
 
 
 def unions() -> list[tuple[str, ...]]:
@@ -112,16 +118,26 @@ def choose(
         The best settings (the earlier where two are equal; with ``auto`` among those whose bits per weight are at most
         ``budget`` above no compensation), and all trials. With ``auto``, tables of the window's length that are beyond
         the budget are not tried.
+
+    Raises:
+        QuantizationError: By site name, where no candidate has valid biases.
     """
 
     def tried(candidate: Compensation) -> Trial:
         twin = copy.deepcopy(model)
-        report = compensate(twin, quantized, candidate, samples, engine, means=means)
+        try:
+            report = compensate(twin, quantized, candidate, samples, engine, means=means)
+        except QuantizationError as error:
+            log.warning("a %s candidate is out of the choice: %s", candidate.granularity, error)
+            return Trial(candidate, (), float("nan"), str(error))
         return Trial(candidate, score(twin), report.bits_per_weight)
 
     def size(candidate: Compensation) -> float:
-        """Bits per weight, which do not depend on how many samples are fitted."""
-        return compensate(copy.deepcopy(model), quantized, candidate, samples[:1], engine).bits_per_weight
+        """Bits per weight, which do not depend on how many samples are fitted; 0 rules nothing out."""
+        try:
+            return compensate(copy.deepcopy(model), quantized, candidate, samples[:1], engine).bits_per_weight
+        except QuantizationError:  # with all samples it may go better; if not, the trial says so
+            return 0.0
 
     known = {*chain_of(model).scopes}
     chosen = [c for c in candidates(settings, vision=is_vision(model)) if known.issuperset(c.scope)]
@@ -139,7 +155,10 @@ def choose(
         best = further([t for t in trials if t.bits_per_weight <= limit], vision=is_vision(model))
         best = [candidate for candidate in best if known.issuperset(candidate.scope)]
         trials += [tried(candidate) for candidate in track(best, "variants of the best", unit="setting")]
-    return max((t for t in trials if t.bits_per_weight <= limit), key=lambda trial: trial.score).settings, trials
+    allowed = [trial for trial in trials if trial.bits_per_weight <= limit]
+    if not allowed:
+        raise QuantizationError(str(trials[-1].failure))
+    return max(allowed, key=lambda trial: trial.score).settings, trials
 
 
 def _shape(candidate: Compensation) -> Compensation:

@@ -253,7 +253,8 @@ def choose_settings(
         {
             "setting": bc_label(trial.settings, cell.domain),
             "score": list(trial.score),
-            "bits_per_weight": trial.bits_per_weight,
+            "bits_per_weight": None if trial.failure else trial.bits_per_weight,
+            **({"failure": trial.failure} if trial.failure else {}),
         }
         for trial in trials
     ]

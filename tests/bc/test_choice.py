@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import bc
 from bc.choice import FURTHER, Trial, candidates, choose, further
-from bc.errors import UserError
+from bc.errors import QuantizationError, UserError
 from bc.pipeline import Engine, calibrate, compensate
 from bc.quantizers import create
 from bc.quantizers.base import SiteResult
@@ -101,6 +101,25 @@ def test_a_budget_is_kept_and_what_is_beyond_it_is_not_tried(case: Case) -> None
 def test_nothing_is_kept_where_nothing_helps(case: Case) -> None:
     winner, _ = chosen(case, 1e6, -1.0)
     assert not winner.enabled  # the first of those without values of their own
+
+
+def test_a_candidate_without_valid_biases_is_out_of_the_choice(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The head's errors are beyond half precision: everything that corrects them fails, and the rest goes on."""
+    model, few = make("vit")
+    model, samples = wrap(model), torch.randn(5, *few.shape[1:], generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        model.head.weight.mul_(1e9)  # type: ignore[union-attr, operator]
+    results = calibrate(model, create("minmax", Bits.parse("w4a4")), samples, ENGINE)
+    winner, trials = choose(model, results, replace(AUTO, budget=1e6), samples, ENGINE, lambda twin: (1.0,))
+    assert not winner.enabled
+    failed = [trial for trial in trials if trial.failure]
+    assert failed and all(str(trial.failure).startswith("head: a ") and not trial.score for trial in failed)
+    assert "out of the choice: head: a bias of" in caplog.text
+    with pytest.raises(QuantizationError, match="head: a bias of"):
+        monkeypatch.setattr("bc.choice.unions", lambda: [("layer",), ("layer", "block")])
+        choose(model, results, Compensation(("search",)), samples, ENGINE, lambda twin: (1.0,))
 
 
 def test_a_model_without_a_head_is_chosen_for_as_well() -> None:
