@@ -169,12 +169,12 @@ def _rank(line: Line) -> float:
 
 
 def ours(line: Line) -> str:
-    """Mean ± standard deviation over seeds, or why there is none."""
+    """Mean ± standard deviation over seeds, and how many of those that were asked for, or why there is none."""
     if line.mean is None:
         return line.missing
-    if line.deviation is None:
-        return number(line.mean)
-    return f"{number(line.mean)} ± {number(line.deviation)} (n={len(line.values)})"
+    lacking = f" of {line.listed}" if len(line.values) < line.listed else ""
+    count = f" (n={len(line.values)}{lacking})" if lacking or len(line.values) > 1 else ""
+    return number(line.mean) + ("" if line.deviation is None else f" ± {number(line.deviation)}") + count
 
 
 def number(value: float | None, sign: bool = False) -> str:
@@ -208,6 +208,7 @@ def markdown(name: str, title: str, frame: pd.DataFrame, bold: pd.DataFrame, not
     table = "\n".join("| " + " | ".join(v.replace("|", "\\|") for v in row) + " |" for row in body)
     lines = "".join(f"- {note}\n" for note in notes)
     text = f"# {title}\n\n{MADE_BY.format(name=name)} Bits per weight count scales, zero points and biases. "
+    text += "Mean ± standard deviation over n seeds; n of m where the others failed or were not run. "
     text += "Bold: the best of a model, bit width and data set.\n\n"
     return text + table + "\n" + (f"\nNotes on the published values:\n\n{lines}" if lines else "")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import sys
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ class Line:
         rows: The rows of cells.csv that they come from.
         published: What the paper prints, if anything.
         missing: Why there is no value of ours.
+        listed: At how many seeds the experiment lists the cell.
     """
 
     cell: CellConfig
@@ -54,6 +56,7 @@ class Line:
     rows: list[Row] = field(default_factory=list)
     published: Published | None = None
     missing: str = ""
+    listed: int = 1
 
     @property
     def heading(self) -> str:
@@ -98,6 +101,12 @@ def distinct(runs: Iterable[RunConfig]) -> list[CellConfig]:
     return list({cell_hash(with_seed(run.cell, 0)): run.cell for run in reversed(list(runs))}.values())[::-1]
 
 
+def listed_seeds(runs: Iterable[RunConfig]) -> dict[str, int]:
+    """At how many seeds that matter to it each cell of an experiment is listed, by its hash at seed 0."""
+    listed = {(cell_hash(with_seed(run.cell, 0)), cell_hash(run.cell)) for run in runs}
+    return Counter(cell for cell, _ in listed)
+
+
 def hashes(cell: CellConfig, seeds: Iterable[int]) -> list[str]:
     """Hash of a cell at each of some seeds, without repetition."""
     return list(dict.fromkeys(cell_hash(with_seed(cell, seed)) for seed in sorted(seeds)))
@@ -123,16 +132,18 @@ def new_results(runs: Sequence[RunConfig], results: Iterable[dict[str, Any]], ex
 
 
 def table_lines(
-    cells: Iterable[CellConfig], rows: Iterable[Row], experiment: str, published: PublishedTable, results: Path
+    runs: Sequence[RunConfig], rows: Iterable[Row], experiment: str, published: PublishedTable, results: Path
 ) -> list[Line]:
     """Every cell and data set of an experiment with what is known of it."""
     mine = [row for row in rows if row["experiment"] == experiment]
     found = {(row["cell"], row["dataset"], row["metric"]): row for row in mine}
     seeds = {int(row["seed"]) for row in mine}
+    listed = listed_seeds(runs)
     lines = []
-    for cell in cells:
+    for cell in distinct(runs):
         for dataset in cell.data.evaluation.datasets:
             line = Line(cell, dataset, published=published.find(cell, dataset, cell.metric))
+            line.listed = listed[cell_hash(with_seed(cell, 0))]
             keys = [(h, dataset, cell.metric) for h in hashes(cell, seeds | {cell.seed})]
             line.rows = [found[key] for key in keys if key in found]
             line.values = [float(row["value"]) for row in line.rows]
@@ -177,7 +188,6 @@ def rebuild(name: str, overrides: Sequence[str], results: Path, source: str = "f
         The files that were written.
     """
     section, runs = load_experiment(name, overrides)
-    cells = distinct(runs)
     if source == "wandb":
         from experiments.wandb_logger import read_results
 
@@ -191,14 +201,14 @@ def rebuild(name: str, overrides: Sequence[str], results: Path, source: str = "f
         write_rows(results / FILE, rows)
         write_scores(path_of(results, name), new)
     published = PublishedTable(PUBLISHED / section.published if section.published else None)
-    lines = table_lines(cells, rows, name, published, results)
+    lines = table_lines(runs, rows, name, published, results)
     return [results / FILE, *write_table(results / "tables" / name, section.title or name, lines)]
 
 
 def stored_lines(name: str, overrides: Sequence[str], results: Path) -> tuple[str, list[Line]]:
     """Title and lines of an experiment's table, from cells.csv as it is."""
     section, runs = load_experiment(name, overrides)
-    lines = table_lines(distinct(runs), read_rows(results / FILE), name, PublishedTable(None), results)
+    lines = table_lines(runs, read_rows(results / FILE), name, PublishedTable(None), results)
     return section.title or name, lines
 
 

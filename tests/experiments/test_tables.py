@@ -15,6 +15,7 @@ import pytest
 from experiments import figures, status, tables, wandb_logger
 from experiments.compose import load_experiment
 from experiments.records import COLUMNS, merge, read_rows, write_rows
+from experiments.render import ours
 from experiments.run import main
 from experiments.store import try_lock
 from tests.committed import ROOT
@@ -129,6 +130,21 @@ def test_difference_from_published() -> None:
     assert line.mean == 4
     assert line.difference == 0.5
     assert line.deviation == pytest.approx(2**0.5)
+
+
+@pytest.mark.parametrize(
+    ("values", "listed", "shown"),
+    [
+        ([3.0, 5.0], 2, "4.00 ± 1.41 (n=2)"),
+        ([3.0, 5.0], 1, "4.00 ± 1.41 (n=2)"),  # more seeds than the experiment lists by itself
+        ([3.0, 5.0], 5, "4.00 ± 1.41 (n=2 of 5)"),
+        ([3.0], 3, "3.00 (n=1 of 3)"),
+        ([3.0], 1, "3.00"),
+        ([], 3, "not run"),
+    ],
+)
+def test_a_mean_over_fewer_seeds_than_listed_says_so(values: list[float], listed: int, shown: str) -> None:
+    assert ours(tables.Line(None, "c4", values, missing="not run", listed=listed)) == shown  # type: ignore[arg-type]
 
 
 def test_rows_without_files_stay(tmp_path: Path) -> None:
