@@ -7,7 +7,7 @@ PYTHON ?= python3# interpreter that makes the environment, 3.11 or newer
 VENV ?= .venv# the environment
 EXPERIMENT ?= table2_embedded# file in conf/experiment, for sweep, status and tables
 LAUNCHER ?=# file in conf/hydra/launcher: local or slurm; empty runs the cells one after another here
-SUITE ?= paper# of reproduce-table1: paper, or embedded where there is no ImageNet
+SUITE ?= paper# of reproduce-tableN: paper, or embedded where there is no ImageNet or no hub
 ARGS ?=# further overrides, e.g. ARGS="seed=0,1,2 engine.device=cuda:1"
 
 RUN := $(VENV)/bin/python
@@ -101,12 +101,22 @@ reproduce-table1: setup
 	$(RUN) -m experiments.tables table1 $(filter-out seed=%,$(ARGS))
 endif
 
-reproduce-table2: ## run Table 2 (language models) and rebuild it
-reproduce-table3: ## run Table 3 (group sizes, AWQ) and rebuild it
-reproduce-table4: ## run Table 4 (binary weights, BiLLM) and rebuild it
+reproduce-table2: ## run Table 2 (language models) and rebuild it; SUITE=embedded needs no hub
+reproduce-table3: ## run Table 3 (group sizes, AWQ) and rebuild it; SUITE=embedded needs no hub
+reproduce-table4: ## run Table 4 (binary weights, BiLLM) and rebuild it; SUITE=embedded needs no hub
+ifeq ($(SUITE),embedded)
+reproduce-table2 reproduce-table3 reproduce-table4: reproduce-%: data
+	$(RUN) -m experiments.run +experiment=$*_embedded $(LAUNCH) $(ARGS)
+	$(RUN) -m experiments.tables $*_embedded $(filter-out seed=%,$(ARGS))
+else ifneq ($(SUITE),paper)
+reproduce-table2 reproduce-table3 reproduce-table4:
+	@echo 'error: SUITE=$(SUITE) is not known; allowed: paper, embedded' >&2; exit 2
+else
 reproduce-table2 reproduce-table3 reproduce-table4: reproduce-%: setup
+	@$(RUN) -m bc.data --hub || { echo 'without the hub: make reproduce-$* SUITE=embedded' >&2; exit 2; }
 	$(RUN) -m experiments.run +experiment=$* $(LAUNCH) $(ARGS)
 	$(RUN) -m experiments.tables $* $(filter-out seed=%,$(ARGS))
+endif
 
 clean: ## remove caches, logs and shared artefacts; results and the environment stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist results/artefacts results/logs

@@ -1,4 +1,4 @@
-"""``python -m bc.data``: fetch the embedded suite, or say what is missing of it or of ImageNet."""
+"""``python -m bc.data``: fetch the embedded suite, or say what is missing of it, of ImageNet, or of the hub."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from bc.data import images
 from bc.data.embedded import DEFAULT_GROUPS, GROUPS, fetch_all
+from bc.data.sources import check_hub
 from bc.errors import UserError
 
 
@@ -26,8 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"any of {', '.join(GROUPS)} (default: all)")
     parser.add_argument("--offline", action="store_true", help="download nothing; say what is missing")
     parser.add_argument("--imagenet", metavar="FOLDER", help="only say whether ImageNet is there; '' asks BC_IMAGENET")
+    parser.add_argument("--hub", action="store_true", help="only say whether the hub of models and texts answers")
     options = parser.parse_args(arguments)
     try:
+        if options.hub:
+            check_hub()
+            return 0
         if options.imagenet is not None:
             for role in ("calibration", "test"):
                 images.check("imagenet", role, {"imagenet": options.imagenet or None})

@@ -29,6 +29,8 @@ import gzip
 import json
 import os
 import re
+import urllib.error
+import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -262,6 +264,30 @@ def _column(names: Iterable[str], path: Path) -> str:
 def _hub_is_off() -> bool:
     variables = (os.environ.get(name, "") for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))
     return any(value.upper() in ("1", "ON", "YES", "TRUE") for value in variables)
+
+
+def check_hub(patience: float = 10.0) -> None:
+    """Ask whether the hub answers, once and quickly: its client tries again and again for every file.
+
+    Args:
+        patience: Seconds to wait. Nothing is asked where downloads are off (``HF_HUB_OFFLINE=1``).
+
+    Raises:
+        UserError: It does not answer.
+    """
+    from huggingface_hub.constants import ENDPOINT
+
+    if _hub_is_off():
+        return
+    try:
+        urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=patience).close()
+    except urllib.error.HTTPError:
+        return  # refusing is an answer
+    except OSError as error:
+        raise UserError(
+            f"hub: {ENDPOINT} does not answer ({getattr(error, 'reason', error)}); connect to it, set HF_ENDPOINT to a "
+            "mirror, or HF_HUB_OFFLINE=1 where all that is needed lies in its cache"
+        ) from error
 
 
 def _from_hub(source: Source, split: str) -> list[Path]:

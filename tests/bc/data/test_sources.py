@@ -3,7 +3,9 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from pyarrow import parquet
 
 from bc.data import sources, text
+from bc.data.__main__ import main
 from bc.errors import UserError
 
 #: The hub's rows of a WikiText file: lines keep their ends, blank lines are empty.
@@ -263,6 +266,36 @@ def test_an_unreachable_hub_is_one_line_with_the_mend(hub: FakeHub) -> None:
         with pytest.raises(UserError, match=rf"set {sources.SOURCES[name].variable} to a folder with") as caught:
             sources.rows(name, "train", None)
         assert len(str(caught.value).split(os.linesep)) == 1
+
+
+def test_whether_the_hub_answers_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server that refuses answers; one that is not there does not, which is told before any cell begins."""
+    asked: list[str] = []
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.append(self.path)
+            self.send_error(403)
+
+    server = HTTPServer(("127.0.0.1", 0), Refusing)
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    thread = threading.Thread(target=server.handle_request)
+    thread.start()
+    assert main(["--hub"]) == 0
+    thread.join()
+    server.server_close()
+    assert asked == ["/"]
+    capsys.readouterr()  # the server's log
+    assert main(["--hub"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"hub: {endpoint} does not answer (") and "HF_HUB_OFFLINE=1" in said
+    assert len(said.splitlines()) == 1
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["--hub"]) == 0
 
 
 def test_with_the_hub_off_cached_files_are_used(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
