@@ -86,34 +86,21 @@ notebooks: setup ## execute the notebooks on the committed results and keep thei
 	@$(RUN) -m experiments.notebooks
 
 reproduce-table1: ## run Table 1 (vision) and rebuild it; SUITE=embedded needs no ImageNet
-ifeq ($(SUITE),embedded)
-reproduce-table1: data
-	$(RUN) -m experiments.run +experiment=table1_embedded $(LAUNCH) $(ARGS)
-	$(RUN) -m experiments.tables table1_embedded $(filter-out seed=%,$(ARGS))
-else ifneq ($(SUITE),paper)
-reproduce-table1:
-	@echo 'error: SUITE=$(SUITE) is not known; allowed: paper, embedded' >&2; exit 2
-else
-reproduce-table1: setup
-	@$(RUN) -m bc.data --imagenet '$(patsubst data.paths.imagenet=%,%,$(filter data.paths.imagenet=%,$(ARGS)))' \
-		|| { echo 'without ImageNet: make reproduce-table1 SUITE=embedded' >&2; exit 2; }
-	$(RUN) -m experiments.run +experiment=table1 $(LAUNCH) $(ARGS)
-	$(RUN) -m experiments.tables table1 $(filter-out seed=%,$(ARGS))
-endif
-
 reproduce-table2: ## run Table 2 (language models) and rebuild it; SUITE=embedded needs no hub
 reproduce-table3: ## run Table 3 (group sizes, AWQ) and rebuild it; SUITE=embedded needs no hub
 reproduce-table4: ## run Table 4 (binary weights, BiLLM) and rebuild it; SUITE=embedded needs no hub
+TABLES := reproduce-table1 reproduce-table2 reproduce-table3 reproduce-table4
 ifeq ($(SUITE),embedded)
-reproduce-table2 reproduce-table3 reproduce-table4: reproduce-%: data
+$(TABLES): reproduce-%: data
 	$(RUN) -m experiments.run +experiment=$*_embedded $(LAUNCH) $(ARGS)
 	$(RUN) -m experiments.tables $*_embedded $(filter-out seed=%,$(ARGS))
 else ifneq ($(SUITE),paper)
-reproduce-table2 reproduce-table3 reproduce-table4:
+$(TABLES):
 	@echo 'error: SUITE=$(SUITE) is not known; allowed: paper, embedded' >&2; exit 2
 else
-reproduce-table2 reproduce-table3 reproduce-table4: reproduce-%: setup
-	@$(RUN) -m bc.data --hub || { echo 'without the hub: make reproduce-$* SUITE=embedded' >&2; exit 2; }
+$(TABLES): reproduce-%: setup
+	@$(RUN) -m bc.data $(if $(filter table1,$*),--imagenet '$(patsubst data.paths.imagenet=%,%,$(filter data.paths.imagenet=%,$(ARGS)))',--hub) \
+		|| { echo 'without $(if $(filter table1,$*),ImageNet,the hub): make $@ SUITE=embedded' >&2; exit 2; }
 	$(RUN) -m experiments.run +experiment=$* $(LAUNCH) $(ARGS)
 	$(RUN) -m experiments.tables $* $(filter-out seed=%,$(ARGS))
 endif

@@ -44,7 +44,7 @@ def check_launcher(config: DictConfig) -> None:
     Raises:
         UserError: Naming the setting.
     """
-    section = OmegaConf.to_container(config.hydra.launcher, resolve=False)
+    section = OmegaConf.to_container(config.hydra.launcher, resolve=True)
     refuse_secrets_within(cast("dict[str, Any]", section), "hydra.launcher")
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from bc.errors import UserError
 
-SECRET = r"(?:WANDB_API_KEY|\w*_(?:TOKEN|SECRET|PASSWORD))"  # names of variables
-VARIABLES = re.compile(rf"^{SECRET}$")
-ASSIGNED = re.compile(rf"\b({SECRET})=[\"']?(?![\"'$`\s]|$)")
+KINDS = "(?:TOKEN|SECRET|PASSWORD)"
+VARIABLES = re.compile(rf"^(WANDB_API_KEY|.*_{KINDS})$")
+ASSIGNED = re.compile(rf"\b(WANDB_API_KEY|\w*_{KINDS})=[\"']?(?![\"'$`\s]|$)")
 SHORTEST = 8  # characters: anything shorter would strike out ordinary words
 PATTERNS = (
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "hf_…"),

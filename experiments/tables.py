@@ -141,9 +141,9 @@ def table_lines(
     listed = listed_seeds(runs)
     lines = []
     for cell in distinct(runs):
+        count = listed[cell_hash(with_seed(cell, 0))]
         for dataset in cell.data.evaluation.datasets:
-            line = Line(cell, dataset, published=published.find(cell, dataset, cell.metric))
-            line.listed = listed[cell_hash(with_seed(cell, 0))]
+            line = Line(cell, dataset, published=published.find(cell, dataset, cell.metric), listed=count)
             keys = [(h, dataset, cell.metric) for h in hashes(cell, seeds | {cell.seed})]
             line.rows = [found[key] for key in keys if key in found]
             line.values = [float(row["value"]) for row in line.rows]

@@ -190,14 +190,22 @@ def test_a_secret_on_the_command_line_is_refused_before_anything_is_written(
         ("export HF_TOKEN=5ec2e7-of-the-hub", "HF_TOKEN's value is a secret"),
         ("export WANDB_API_KEY='5ec2e7-of-wandb'", "WANDB_API_KEY's value is a secret"),
         ("login hf_5ec2e7tokenOfTheHub0123", "its value is a secret"),
+        ("export HF_TOKEN=${oc.env:MY_CLUSTER_PASSWORD}", "HF_TOKEN's value is a secret"),  # it would be written out
     ],
 )
 @pytest.mark.parametrize("launcher", ["local", "slurm"])
 def test_a_secret_in_a_launchers_configuration_is_refused_before_anything_is_written(
-    workspace: Workspace, launcher: str, setup: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    workspace: Workspace,
+    launcher: str,
+    setup: str,
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A file beside ours, which the command line only names."""
     pytest.importorskip("submitit", reason="the launchers need the extra 'cluster'")
+    monkeypatch.setenv("MY_CLUSTER_PASSWORD", SECRETS["MY_CLUSTER_PASSWORD"])
     mine = tmp_path / "hydra/launcher/mine.yaml"
     mine.parent.mkdir(parents=True)
     mine.write_text(f'defaults: [{launcher}, _self_]\nsetup: ["module load cuda", "{setup}"]\n')
