@@ -245,10 +245,35 @@ def middle(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def bc_rows(quick: bool) -> list[dict[str, Any]]:
     """Ours beside the literal protocol."""
-    case, repeats = (SMALL, 1) if quick else (OPT_125M, 3)
+    cases, repeats = ([SMALL], 1) if quick else ([OPT_125M, OPT_125M | {"samples": 16}], 3)
+    rows = [row for case in cases for row in _language_rows(case, repeats)]
+    counted = forwards(**SMALL)
+    rows.append(
+        {
+            "what": "block forwards of layer and block scope",
+            "ours": counted["ours"],
+            "peer": counted["literal"],
+            "of": "literal protocol",
+            "case": _described(SMALL),
+        }
+    )
+    shape, images = (VISION_SMALL, 16) if quick else (VISION, 64)
+    seen = middle(measure.run(f"{MODULE}:vision_layers", {"shape": shape, "images": images}, repeats))
+    rows.append(
+        {
+            "what": "vision layer scope",
+            "ours": seen["ours"],
+            "peer": seen["literal"],
+            "of": "literal protocol",
+            "case": _described(shape | {"images": images}),
+        }
+    )
+    return [row | {"peer_over_ours": row["peer"] / row["ours"], "repeats": repeats} for row in rows]
+
+
+def _language_rows(case: dict[str, int], repeats: int) -> list[dict[str, Any]]:
     mine = middle(measure.run(f"{MODULE}:ours", case, repeats))
     other = middle(measure.run(f"{MODULE}:literal", case, repeats))
-    about = " ".join(f"{name}={value}" for name, value in case.items())
     layer = mine["gptq with sums"] - mine["gptq"] + mine["biases"]
     rows: list[dict[str, Any]] = [
         {
@@ -275,29 +300,11 @@ def bc_rows(quick: bool) -> list[dict[str, Any]]:
             "of": "float pass over the blocks",
         },
     ]
-    counted = forwards(**SMALL)
-    rows.append(
-        {
-            "what": "block forwards of layer and block scope",
-            "ours": counted["ours"],
-            "peer": counted["literal"],
-            "of": "literal protocol",
-        }
-    )
-    rows = [row | {"case": about} for row in rows]
-    shape, images = (VISION_SMALL, 16) if quick else (VISION, 64)
-    seen = middle(measure.run(f"{MODULE}:vision_layers", {"shape": shape, "images": images}, repeats))
-    about = " ".join(f"{name}={value}" for name, value in (shape | {"images": images}).items())
-    rows.append(
-        {
-            "what": "vision layer scope",
-            "ours": seen["ours"],
-            "peer": seen["literal"],
-            "of": "literal protocol",
-            "case": about,
-        }
-    )
-    return [row | {"peer_over_ours": row["peer"] / row["ours"], "repeats": repeats} for row in rows]
+    return [row | {"case": _described(case)} for row in rows]
+
+
+def _described(case: dict[str, int]) -> str:
+    return " ".join(f"{name}={value}" for name, value in case.items())
 
 
 def scaling_rows(quick: bool) -> list[dict[str, Any]]:
