@@ -36,6 +36,24 @@ def check_window(model: nn.Module, window: int, where: str = "data") -> None:
         raise UserError(f"{where}: a window of {window} tokens is longer than the model's {longest}; lower the window")
 
 
+def check_vocabulary(ids: Tensor, known: int | None, where: str = "data") -> None:
+    """Refuse token ids that a model does not know; ``where`` begins the message.
+
+    Args:
+        ids: Token ids, of an integer type, any shape.
+        known: How many the model knows; None where it does not say.
+        where: Name of the field or argument.
+
+    Raises:
+        UserError: Naming the ids' range and the number known.
+    """
+    if known is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < known:
+        raise UserError(
+            f"{where}: token ids from {int(ids.min())} to {int(ids.max())} are not all of the model's {known}; "
+            "give those of its own tokenizer"
+        )
+
+
 @torch.no_grad()
 def evaluate_perplexity(model: nn.Module, windows: Tensor, engine: Engine | None = None) -> float:
     """Perplexity over windows: exp of the mean, over windows, of the mean cross-entropy of tokens 2 … T.
@@ -51,7 +69,7 @@ def evaluate_perplexity(model: nn.Module, windows: Tensor, engine: Engine | None
         The perplexity, ≥ 1; infinite where the mean cross-entropy overflows.
 
     Raises:
-        UserError: No windows, windows of one token, or longer than the model's positions.
+        UserError: No windows, windows of one token or longer than the model's positions, or ids it does not know.
         FloatingPointError: A logit is NaN; by the name of the module where that begins.
     """
     return perplexity_of(window_losses(model, windows, engine))
@@ -67,11 +85,14 @@ def perplexity_of(losses: Sequence[float]) -> float:
 def window_losses(model: nn.Module, windows: Tensor, engine: Engine | None = None) -> list[float]:
     """Mean cross-entropy of tokens 2 … T of every window; arguments and errors as :func:`evaluate_perplexity`."""
     engine = engine or Engine()
+    if not isinstance(windows, Tensor):
+        raise UserError(f"data: a {type(windows).__name__} cannot be scored; give token ids, int64, (windows, tokens)")
     if windows.dim() != 2 or len(windows) == 0 or windows.shape[1] < 2:
         raise UserError(f"data: windows of shape {tuple(windows.shape)} cannot be scored; give (windows, 2 or more)")
-    if windows.is_floating_point():
+    if windows.dtype not in (torch.int32, torch.int64):
         raise UserError(f"data: windows of {windows.dtype} cannot be scored; give token ids, int64")
     check_window(model, windows.shape[1])
+    check_vocabulary(windows, getattr(getattr(model, "config", None), "vocab_size", None))
     losses: list[float] = []
     parts = windows.split(engine.batch_size)
     if _fits(model, engine.device):

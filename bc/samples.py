@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bc.chains import is_vision
 from bc.errors import UserError
-from bc.evaluation import check_window
+from bc.evaluation import check_vocabulary, check_window
 
 TOKENS = "token ids, int64, shape (samples, tokens), or a list of such tensors or of dicts with input_ids"
 IMAGES = "images, floating, shape (images, channels, height, width)"
@@ -54,12 +54,7 @@ def _check_ids(model: nn.Module, ids: Tensor, where: str, dimensions: tuple[int,
     if ids.dim() not in dimensions or ids.is_floating_point():
         raise UserError(f"{where}: a {_kind(ids)} is not allowed; give {TOKENS}")
     check_window(model, ids.shape[-1], where)
-    known = getattr(getattr(model, "config", None), "vocab_size", None)
-    if known is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < known:
-        raise UserError(
-            f"{where}: token ids from {int(ids.min())} to {int(ids.max())} are not all of the model's {known}; "
-            "give those of its own tokenizer"
-        )
+    check_vocabulary(ids, getattr(getattr(model, "config", None), "vocab_size", None), where)
 
 
 def _check_images(model: Any, samples: Any, where: str) -> None:

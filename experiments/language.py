@@ -10,7 +10,7 @@ from torch import nn
 
 from bc import models
 from bc.errors import UserError
-from bc.evaluation import evaluate_perplexity, perplexity_of, window_losses
+from bc.evaluation import check_vocabulary, evaluate_perplexity, perplexity_of, window_losses
 from bc.pipeline import Engine
 from experiments.config import CellConfig
 from experiments.data import TextData
@@ -47,7 +47,11 @@ class LanguageTask:
         check_windows(cell, positions(target, revision) if gguf is None else positions_in_gguf(gguf))
 
     def samples(self, cell: CellConfig) -> Samples:
-        """Tokenize the texts that a cell needs."""
+        """Tokenize the texts that a cell needs.
+
+        Raises:
+            UserError: A text is missing or too short, or the tokenizer gives ids that the model does not know.
+        """
         from bc.data import text
 
         data, seed = texts_of(cell), cell.seed
@@ -62,6 +66,7 @@ class LanguageTask:
         e = data.evaluation
         for dataset in e.datasets:
             out.test[dataset] = text.test_windows(dataset, tokenizer, e.window, e.limit, data.paths)
+        check_tokenizer(cell, out)
         return out
 
     def load(self, cell: CellConfig) -> nn.Module:
@@ -98,6 +103,15 @@ def check_windows(cell: CellConfig, longest: int | None) -> None:
                 f"{where}: {window} tokens are more than the {longest} positions of {cell.model.name}; "
                 f"set {where}={longest} or less"
             )
+
+
+def check_tokenizer(cell: CellConfig, samples: Samples) -> None:
+    """Refuse ids beyond the model's vocabulary; a GGUF file holds model and tokenizer alike, so these fit."""
+    target, revision, gguf = models.locate(cell.model.name, cell.model.path)
+    known = None if gguf is not None else _configuration(target, revision).get("vocab_size")
+    for ids in (samples.calibration, samples.selection, *samples.test.values()):
+        if ids is not None:
+            check_vocabulary(ids, known, f"model: the tokenizer of {cell.model.name!r} does not fit it")
 
 
 def positions(target: str, revision: str) -> int | None:

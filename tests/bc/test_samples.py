@@ -140,6 +140,10 @@ def test_arguments_of_another_type_are_refused() -> None:
         bc.Compensation(("layer",), "sink", sink_positions=1.5)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"data: windows of torch.float32 cannot be scored; give token ids"):
         bc.perplexity(model, IDS.float(), device="cpu")
+    with pytest.raises(UserError, match=r"data: a list cannot be scored; give token ids"):
+        bc.perplexity(model, IDS.tolist(), device="cpu")
+    with pytest.raises(UserError, match=r"data: token ids from 9\d\d to 9\d\d are not all of the model's \d+; give"):
+        bc.perplexity(model, IDS + 900, device="cpu")
 
 
 @pytest.mark.parametrize("granularity", ["shrink", "lowrank"])

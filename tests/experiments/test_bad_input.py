@@ -10,8 +10,8 @@ from experiments import generate, language
 from experiments.compose import expand
 from experiments.run import main
 from tests.bc.test_models import write_gguf
-from tests.conftest import tiny_model
-from tests.experiments.conftest import Workspace, assert_one_line
+from tests.conftest import make_opt, tiny_model
+from tests.experiments.conftest import Workspace, assert_one_line, make_tokenizer
 
 MISTAKES = [
     (["model=opt_125"], "model: 'opt_125' is not known", "did you mean 'opt_125m'"),
@@ -130,6 +130,18 @@ def test_windows_are_held_against_a_gguf_files_positions(
     model.write_bytes(b"no such format")
     assert workspace.run(f"model.path={model}", "quantizer=rtn") == 2
     assert "cannot be read as GGUF" in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_the_load(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_opt(vocab_size=16).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr(language.models, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    assert workspace.run(f"model.path={tmp_path}", "quantizer=rtn") == 2
+    error = capsys.readouterr().err
+    assert "model: the tokenizer of 'tiny_llama' does not fit it: token ids from " in error
+    assert "are not all of the model's 16" in error
 
 
 @pytest.mark.parametrize("setting", ["temperature=.nan", "temperature=.inf", "temperature=-1.0", f"seed={2**63}"])
