@@ -12,6 +12,7 @@ from bc import models
 from bc.errors import UserError
 from bc.evaluation import check_vocabulary, evaluate_perplexity, perplexity_of, window_losses
 from bc.pipeline import Engine
+from experiments import hub
 from experiments.config import CellConfig
 from experiments.data import TextData
 from experiments.tasks import Samples, Scores, SelectionScore
@@ -29,21 +30,21 @@ class LanguageTask:
     """See :class:`experiments.tasks.Task`."""
 
     def check(self, cell: CellConfig) -> None:
-        """Texts are there, the model is there, windows fit its positions.
+        """Texts are there, the model is there, or the hub answers; windows fit the model's positions.
 
         Raises:
             UserError: The first thing that is wrong.
         """
         from bc.data import text
 
-        data = texts_of(cell)
-        if not cell.is_float:
-            text.check(data.calibration.dataset, "calibration", data.paths)
-            if data.selection.samples:
-                text.check(data.calibration.dataset, "selection", data.paths)
-        for dataset in data.evaluation.datasets:
-            text.check(dataset, "test", data.paths)
+        paths = texts_of(cell).paths
+        for dataset, role in texts_needed(cell):
+            text.check(dataset, role, paths)
         target, revision, gguf = models.locate(cell.model.name, cell.model.path)
+        missing = [text.where_from(name) for name, role in texts_needed(cell) if not text.is_here(name, role, paths)]
+        if gguf is None and not Path(target).is_dir() and not hub.has_weights(target, revision):
+            missing.insert(0, f"the model {target} (model.path)")
+        hub.require(missing)
         check_windows(cell, positions(target, revision) if gguf is None else positions_in_gguf(gguf))
 
     def samples(self, cell: CellConfig) -> Samples:
@@ -89,6 +90,14 @@ class LanguageTask:
         windows = samples.selection
         assert windows is not None
         return lambda twin: (-evaluate_perplexity(twin, windows, engine),)
+
+
+def texts_needed(cell: CellConfig) -> list[tuple[str, str]]:
+    """Data set and role of every text that a cell reads."""
+    data = texts_of(cell)
+    roles = [] if cell.is_float else ["calibration", *(["selection"] if data.selection.samples else [])]
+    needed = [(data.calibration.dataset, role) for role in roles]
+    return needed + [(dataset, "test") for dataset in data.evaluation.datasets]
 
 
 def check_windows(cell: CellConfig, longest: int | None) -> None:

@@ -16,6 +16,7 @@ from bc.evaluation import evaluate_accuracy
 from bc.pipeline import Engine
 from bc.settings import SEARCH
 from bc.vision.transforms import Preprocessing
+from experiments import hub
 from experiments.config import CellConfig
 from experiments.data import ImageData
 from experiments.tasks import Samples, Scores, SelectionScore
@@ -45,6 +46,9 @@ class VisionTask:
         for dataset in data.evaluation.datasets:
             images.check(dataset, "test", data.paths)
         vision.check(cell.model.name, cell.model.path)
+        repo, revision = on_hub(cell)
+        if repo and not hub.has_weights(repo, revision):
+            hub.require([f"the model {repo} (model.path)"])
         for dataset in data.evaluation.datasets:
             check_classes(cell, "data.evaluation.datasets", dataset)
         if not cell.is_float and SEARCH in cell.bc.scope:  # labels of other training images are of no effect
@@ -129,6 +133,18 @@ class VisionTask:
             return found.top1, -found.loss
 
         return accuracy
+
+
+def on_hub(cell: CellConfig) -> tuple[str, str]:
+    """Repository and revision of a model's weights on the hub; empty where they come from elsewhere."""
+    from timm.models import get_pretrained_cfg
+
+    source = vision.catalogue().get(cell.model.name)
+    if cell.model.path is not None or (source is not None and source.embedded):
+        return "", ""
+    config = get_pretrained_cfg(cell.model.name if source is None else source.timm)
+    repo, _, revision = ((config and config.hf_hub_id) or "").partition("@")
+    return repo, revision or "main"
 
 
 def preprocessing(cell: CellConfig) -> Preprocessing:

@@ -20,7 +20,7 @@ text       ``test.txt``, ``test.raw``, ``wiki.test.raw``, ``ptb.test.txt``: a ro
 Parquet, json and ``save_to_disk`` need a column ``text`` or ``sentence``. Of C4 only the first shard of a split is
 read. From the hub the same files are fetched by its own client, under its own settings (``HF_HOME``,
 ``HF_HUB_OFFLINE``, ``HF_ENDPOINT``, …), and then read as local ones are: one path of code for both, and no script of
-a data set is ever run. PTB is read from the data set named in ``BC_PTB_HUB``.
+a data set is ever run. PTB is read from a mirror, or from the data set named in ``BC_PTB_HUB``.
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ import gzip
 import json
 import os
 import re
-import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -120,8 +118,17 @@ def check(name: str, split: str, paths: Paths | None) -> None:
     Raises:
         UserError: The local path has no such split, or the hub is off and its files are not in the hub's cache.
     """
-    if _local(SOURCES[name], paths) is not None or _hub_is_off():
+    if _local(SOURCES[name], paths) is not None or hub_is_off():
         _locate(SOURCES[name], split, paths)
+
+
+def is_here(name: str, split: str, paths: Paths | None) -> bool:
+    """Whether a local path was set for a source, or the hub's cache has its split; the network is not asked."""
+    if _local(SOURCES[name], paths) is not None:
+        return True
+    with suppress(Exception):  # see _from_hub
+        return bool(_ask_hub(SOURCES[name], split, local_files_only=True))
+    return False
 
 
 def rows(name: str, split: str, paths: Paths | None) -> list[str]:
@@ -261,7 +268,8 @@ def _column(names: Iterable[str], path: Path) -> str:
     raise UserError(f"data.paths: {str(path)!r} has columns {present}; one must be called text or sentence: rename it")
 
 
-def _hub_is_off() -> bool:
+def hub_is_off() -> bool:
+    """Whether the user switched downloads off."""
     variables = (os.environ.get(name, "") for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))
     return any(value.upper() in ("1", "ON", "YES", "TRUE") for value in variables)
 
@@ -275,19 +283,26 @@ def check_hub(patience: float = 10.0) -> None:
     Raises:
         UserError: It does not answer.
     """
-    from huggingface_hub.constants import ENDPOINT
-
-    if _hub_is_off():
-        return
-    try:
-        urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=patience).close()
-    except urllib.error.HTTPError:
-        return  # refusing is an answer
-    except OSError as error:
+    if not hub_is_off() and (trouble := hub_trouble(patience)):
         raise UserError(
-            f"hub: {ENDPOINT} does not answer ({getattr(error, 'reason', error)}); connect to it, set HF_ENDPOINT to a "
-            "mirror, or HF_HUB_OFFLINE=1 where all that is needed lies in its cache"
-        ) from error
+            f"hub: {trouble}; connect to it, set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1 where all that is needed "
+            "lies in its cache"
+        )
+
+
+def hub_trouble(patience: float = 10.0) -> str:
+    """Why the hub cannot be had, found by one request; empty where it answers, be it with a refusal.
+
+    Args:
+        patience: Seconds to wait.
+    """
+    from huggingface_hub import constants, get_session
+
+    try:  # by the client's own session, which knows its proxies and certificates
+        get_session().head(constants.ENDPOINT, timeout=patience)
+    except Exception as error:  # see _from_hub
+        return f"{constants.ENDPOINT} does not answer ({str(error).strip() or type(error).__name__})"
+    return ""
 
 
 def _from_hub(source: Source, split: str) -> list[Path]:
@@ -297,7 +312,7 @@ def _from_hub(source: Source, split: str) -> list[Path]:
         found = _ask_hub(source, split, local_files_only=True)
         if found:
             return found
-    if _hub_is_off():
+    if hub_is_off():
         raise _unreachable(source, split, "downloads are off")
     try:
         found = _ask_hub(source, split, local_files_only=False)

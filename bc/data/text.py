@@ -64,6 +64,19 @@ def check(dataset: str, role: str, paths: Paths | None = None) -> None:
         sources.check(_base(dataset), _split(dataset, role), paths)
 
 
+def is_here(dataset: str, role: str, paths: Paths | None = None) -> bool:
+    """Whether a text needs no network, as far as can be said without reading it; arguments as for :func:`check`."""
+    if dataset.startswith("embedded_"):
+        return True
+    return sources.is_here(_base(dataset), _split(dataset, role), paths)
+
+
+def where_from(dataset: str) -> str:
+    """What to set for a text that is to be read from a local folder."""
+    base = _base(dataset)
+    return f"{base} (data.paths.{base} or {sources.SOURCES[base].variable})"
+
+
 def calibration_windows(
     dataset: str,
     tokenizer: PreTrainedTokenizerBase,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from experiments import generate, language
+from experiments import generate, hub, language
 from experiments.compose import expand
 from experiments.run import main
 from tests.bc.test_models import write_gguf
@@ -142,6 +144,59 @@ def test_a_tokenizer_of_another_model_is_refused_before_the_load(
     error = capsys.readouterr().err
     assert "model: the tokenizer of 'tiny_llama' does not fit it: token ids from " in error
     assert "are not all of the model's 16" in error
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[int]]:
+    """A machine whose hub does not answer, with an empty cache; what is asked of the hub is counted."""
+    asked: list[int] = []
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "BC_C4"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub, "hub_trouble", lambda: asked.append(1) or "https://hub does not answer (no route)")
+    hub._trouble.cache_clear()
+    yield asked
+    hub._trouble.cache_clear()
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], no_hub: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(language, "_configuration", lambda *_: pytest.fail("the client was asked"))
+    named = [a for a in workspace.arguments() if not a.startswith("model")]
+    assert main(["-m", "seed=0,1", *named, "model=opt_125m", "data.evaluation.datasets=[wikitext2,c4]"]) == 2
+    assert_one_line(
+        capsys,
+        "hub: https://hub does not answer (no route), and neither local nor in its cache: the model facebook/opt-125m "
+        "(model.path); c4 (data.paths.c4 or BC_C4); set these",
+    )
+    assert no_hub == [1]
+
+
+def test_nobody_asks_the_hub_for_what_is_here(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str], no_hub: list[int], tmp_path: Path
+) -> None:
+    """In a local folder, or in the hub's cache."""
+    assert workspace.run("quantizer=rtn", "data.evaluation.limit=1") == 0
+    repository = tmp_path / "cache" / "models--someone--model"
+    snapshot = repository / "snapshots" / "abc"
+    shutil.copytree(workspace.shared / "llama", snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    assert hub.has_weights("someone/model", "main") and not hub.has_weights("someone/other", "main")
+    (snapshot / "model.safetensors").unlink()
+    assert not hub.has_weights("someone/model", "main")
+    assert not no_hub
+
+
+def test_weights_of_a_vision_model_need_the_hub_too(
+    capsys: pytest.CaptureFixture[str], no_hub: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bc.data.images.check", lambda *_: None)
+    monkeypatch.setattr("experiments.vision.vision.load", lambda *_, **__: pytest.fail("the client was asked"))
+    assert main(["model=vit_b", "data=imagenet", "quantizer=ptq4vit", "bits=w4a4", f"results_dir={tmp_path}"]) == 2
+    assert_one_line(capsys, "the model timm/vit_base_patch16_224.augreg_in21k_ft_in1k (model.path); set these")
+    assert no_hub == [1]
 
 
 @pytest.mark.parametrize("setting", ["temperature=.nan", "temperature=.inf", "temperature=-1.0", f"seed={2**63}"])
