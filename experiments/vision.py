@@ -46,9 +46,6 @@ class VisionTask:
         for dataset in data.evaluation.datasets:
             images.check(dataset, "test", data.paths)
         vision.check(cell.model.name, cell.model.path)
-        repo, revision = on_hub(cell)
-        if repo and not hub.has_weights(repo, revision):
-            hub.require([f"the model {repo} (model.path)"])
         for dataset in data.evaluation.datasets:
             check_classes(cell, "data.evaluation.datasets", dataset)
         if not cell.is_float and SEARCH in cell.bc.scope:  # labels of other training images are of no effect
@@ -58,6 +55,9 @@ class VisionTask:
                 f"model.attention: {cell.model.attention!r} is for language models; a vision model's matmuls are "
                 "always computed by themselves; set model.attention=auto"
             )
+        repo, revision = on_hub(cell)
+        if repo and not hub.has_weights(repo, revision):
+            hub.require([f"the model {repo} (model.path)"])
 
     def samples(self, cell: CellConfig) -> Samples:
         """Decode the images that a cell needs; test images are decoded when they are scored."""
