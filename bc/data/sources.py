@@ -229,15 +229,15 @@ def _read(path: Path, source: Source) -> Iterable[str]:
             from datasets import load_from_disk
 
             data = load_from_disk(str(path))
-            return [row or "" for row in data[_column(data.column_names, path)]]
+            return _texts(data[_column(data.column_names, path)], path, source)
         if path.name.endswith(".parquet"):
             from pyarrow import parquet
 
             column = _column(parquet.read_schema(path).names, path)
-            return [row or "" for row in parquet.read_table(path, columns=[column]).column(column).to_pylist()]
+            return _texts(parquet.read_table(path, columns=[column]).column(column).to_pylist(), path, source)
         with gzip.open(path, "rt", encoding="utf8") if path.suffix == ".gz" else path.open(encoding="utf8") as stream:
             if ".json" in path.suffixes or ".jsonl" in path.suffixes:
-                return [str(record[_column(record, path)] or "") for record in _records(stream)]
+                return _texts((record[_column(record, path)] for record in _records(stream)), path, source)
             return [source.row(line.removesuffix("\n")) for line in stream]
     except UserError:
         raise
@@ -247,6 +247,19 @@ def _read(path: Path, source: Source) -> Iterable[str]:
             f"data.paths.{source.name}: {str(path)!r} cannot be read ({reason}); replace the file, or set "
             f"{source.variable} to {source.example}"
         ) from error
+
+
+def _texts(values: Iterable[Any], path: Path, source: Source) -> list[str]:
+    """Rows of a column; null is an empty one."""
+    found = []
+    for number, value in enumerate(values):
+        if value is not None and not isinstance(value, str):
+            raise UserError(
+                f"data.paths.{source.name}: row {number} of {str(path)!r} is a {type(value).__name__}, not text or "
+                f"null; replace the file, or set {source.variable} to {source.example}"
+            )
+        found.append(value or "")
+    return found
 
 
 def _records(stream: TextIO) -> Iterator[dict[str, Any]]:

@@ -291,6 +291,8 @@ def _from_documents(
     keep_selection_out: bool = False,
 ) -> Tensor:
     """A random window of each of some random documents, shape (samples, window); too short documents are rejected."""
+    if not documents:  # of fewer than ten none is kept for selection
+        _require(0, samples, window, where)
     draws = _draws(documents, tokenizer, samples, window, seed, where, keep_selection_out)
     return torch.stack(list(track(draws, f"windows of {where}", total=samples, unit="window")))
 

@@ -192,6 +192,14 @@ def test_a_file_without_text_or_without_its_column_is_refused(tmp_path: Path) ->
         sources.rows("ptb", "test", {"ptb": tmp_path})
 
 
+@pytest.mark.parametrize("value", [["a", "b"], 7])
+@pytest.mark.parametrize("writer", [as_parquet, as_jsonl, as_saved_data_set])
+def test_a_column_that_is_not_text_is_refused(writer: Any, value: Any, tmp_path: Path) -> None:
+    writer(tmp_path, "test", [value], "text")
+    with pytest.raises(UserError, match=rf"data.paths.ptb: row 0 of .* is a {type(value).__name__}, not text or null"):
+        sources.rows("ptb", "test", {"ptb": tmp_path})
+
+
 @pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"])
 @pytest.mark.parametrize("name", list(sources.SOURCES))
 def test_with_the_hub_off_a_check_says_what_to_set(

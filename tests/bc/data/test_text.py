@@ -221,6 +221,12 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
         text.check("embedded_wiki", role)
 
 
+def test_too_few_documents_to_keep_one_for_selection(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    write_c4(tmp_path, "train", "01024", ["some words and more of them " * 9] * 9)
+    with pytest.raises(UserError, match=r"c4 for selection has 0 windows of 16 tokens, 1 asked for; .* more text"):
+        text.selection_windows("c4", tokenizer, 1, 16, 0, {"c4": tmp_path})
+
+
 def write_c4(folder: Path, split: str, shards: str, documents: list[str]) -> None:
     with gzip.open(folder / f"c4-{split}.00000-of-{shards}.json.gz", "wt", encoding="utf8") as stream:
         stream.writelines(json.dumps({"text": document, "timestamp": "t"}) + "\n" for document in documents)
