@@ -264,7 +264,7 @@ def _known(error: BaseException) -> UserError | None:
             return UserError(
                 f"{key}: is not a setting of the chosen quantizer; its file in conf/quantizer has them all"
             )
-        allowed = launcher_settings(error) if key.startswith("hydra.launcher.") else settings_beside(key)
+        allowed = settings_beside(key, error.parent_node)
         return unknown("setting", key, allowed) if allowed else UserError(f"{key}: is not a setting")
     if isinstance(error, ValidationError) and error.full_key:
         what = text.partition("\n")[0]
@@ -297,19 +297,19 @@ def takes_list(key: str) -> bool:
         return isinstance(OmegaConf.select(compose(CONFIG_NAME), key, throw_on_missing=False), ListConfig)
 
 
-def launcher_settings(error: OmegaConfBaseException) -> list[str]:
-    """Dotted names of the chosen launcher's settings, from the error of one that it does not have."""
-    node = error.parent_node
-    names = [str(name) for name in node] if isinstance(node, DictConfig) else []
-    return [f"hydra.launcher.{name}" for name in names if not name.startswith("_")]
+def settings_beside(key: str, node: Any) -> list[str]:
+    """Dotted names of the settings that stand beside an unknown one, in the groups that were chosen.
 
-
-def settings_beside(key: str) -> list[str]:
-    """Dotted names of the settings that stand beside an unknown one in the default configuration."""
+    Args:
+        key: The unknown one.
+        node: Where it was looked for, as the error has it; where it has none, the default configuration is asked.
+    """
     parent = key.rpartition(".")[0]
-    with hydra_ready():
-        node = compose(CONFIG_NAME)
-    if parent:
-        node = OmegaConf.select(node, parent, throw_on_missing=False)
+    if not isinstance(node, DictConfig):
+        with hydra_ready():
+            node = compose(CONFIG_NAME)
+        if parent:
+            node = OmegaConf.select(node, parent, throw_on_missing=False)
     names = [str(k) for k in node] if isinstance(node, DictConfig) else []
-    return [f"{parent}.{name}" if parent else name for name in names]
+    hidden = () if parent else ("hydra",)
+    return [f"{parent}.{k}" if parent else k for k in names if k not in hidden and not k.startswith("_")]

@@ -156,6 +156,8 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
     for key in values:
         if key not in known:
             raise unknown("setting", key, known)
+    for key in sorted({"on_error", "results_dir", "save_model", "seed"} - values.keys()):
+        raise UserError(f"{key}: the setting was deleted; leave out ~{key}, or set {key}=…")
     if values["on_error"] not in ("continue", "raise"):
         raise unknown("on_error", values["on_error"], ("continue", "raise"))
     if not isinstance(values["save_model"], bool):

@@ -215,7 +215,7 @@ def collect(launcher: Any, job: Any, number: int) -> bool:
         outcome = Outcome("failed", "", line)
         write_json(folder / OUTCOME, asdict(outcome))
     say(outcome)
-    return outcome.state != "failed" or config.on_error != "raise"
+    return outcome.state != "failed" or config.get("on_error") != "raise"
 
 
 def log_of(job: Any) -> Path:

@@ -57,7 +57,7 @@ def job(config: DictConfig) -> None:
     except OSError as error:
         if disk_error(error) is None:
             raise  # otherwise the sweep goes on: what it has to say of the disk has been said
-    if outcome.state == "failed" and config.on_error == "raise":
+    if outcome.state == "failed" and config.get("on_error") == "raise":
         State.stopped = True
 
 

@@ -26,6 +26,15 @@ MISTAKES = [
     (["bits.weight=w3"], "bits.weight: 'w3' is a str", "int"),
     (["bits.width=3"], "setting: 'bits.width' is not known", "bits.weight"),
     (["+bits.width=3"], "bits option: 'width' is not known", "weight"),
+    (["~seed"], "seed: the setting was deleted", "leave out ~seed"),
+    (["~on_error"], "on_error: the setting was deleted", "leave out ~on_error"),
+    (["~save_model"], "save_model: the setting was deleted", "leave out ~save_model"),
+    (
+        ["data=imagenet", "data.evaluation.window=5"],
+        "setting: 'data.evaluation.window' is not known; allowed: data.evaluation.datasets, data.evaluation.limit, "
+        "data.evaluation.offset",
+        "",
+    ),
     (["bitts=w3"], "setting: 'bitts' is not known", "did you mean 'bits'"),
     (["+extra=3"], "setting: 'extra' is not known", "allowed: "),
     (["bits.group_size=0"], "bits.group_size: 0 is not allowed", "-1"),
@@ -90,7 +99,10 @@ def test_one_line(
 ) -> None:
     monkeypatch.setattr(language.models, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     keys = {a.lstrip("+").partition("=")[0] for a in arguments}
+    keys |= {a.lstrip("~") for a in arguments}
     tiny = [a for a in workspace.arguments() if a.partition("=")[0] not in keys]
+    if "data=imagenet" in arguments:
+        tiny = [a for a in tiny if not a.startswith("data.")]
     if "model" in keys:
         tiny = [a for a in tiny if not a.startswith("model.")]
     assert main([*tiny, *arguments]) == 2
