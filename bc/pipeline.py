@@ -90,6 +90,7 @@ def float_means(
         with on_device(engine.device, unit.module):
             input_sums(unit, stream, found, whole=unit is not chain.units[-1])
         means |= {name: sums.as_stored() for name, sums in found.items()}
+        devices.trim()
     return means
 
 
