@@ -35,11 +35,12 @@ def restrict(name: str) -> None:
     os.environ[_VISIBLE] = name
 
 
-def resolve(name: str = "auto") -> torch.device:
+def resolve(name: str | torch.device = "auto", where: str = "device") -> torch.device:
     """Turn a device name into a device that exists here.
 
     Args:
-        name: ``auto`` (the GPU where there is one, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
+        name: ``auto`` (the GPU where there is one, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``; or a device.
+        where: Name of the setting, for the message.
 
     Returns:
         The device.
@@ -48,15 +49,18 @@ def resolve(name: str = "auto") -> torch.device:
         UserError: The name is malformed or the device is absent.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    name = str(name)
     if name == "auto":
         return torch.device("cuda:0" if count else "cpu")
     if name == "cpu":
         return torch.device("cpu")
     kind, _, index = name.partition(":")
     if kind != "cuda" or (index and not index.isdigit()):
-        raise UserError(f"device: {name!r} is not known; allowed: auto, cpu, cuda, cuda:N; set device=auto")
+        raise UserError(f"{where}: {name!r} is not known; allowed: auto, cpu, cuda, cuda:N; set {where}=auto")
     if not count or int(index or 0) >= count:
-        raise UserError(f"device: {name!r} is absent here ({count} CUDA devices found); set device=auto or device=cpu")
+        raise UserError(
+            f"{where}: {name!r} is absent here ({count} CUDA devices found); set {where}=auto or {where}=cpu"
+        )
     return torch.device("cuda", int(index or 0))
 
 

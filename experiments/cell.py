@@ -313,7 +313,8 @@ def make_engine(run: RunConfig) -> pipeline.Engine:
         torch.set_num_threads(config.threads)
     batch_size = config.batch_size or BATCH[run.cell.domain]
     dtype = None if config.activations_dtype is None else models.DTYPES[config.activations_dtype]
-    return pipeline.Engine(devices.resolve(config.device), batch_size, config.activations, dtype, config.memory_mib)
+    device = devices.resolve(config.device, "engine.device")
+    return pipeline.Engine(device, batch_size, config.activations, dtype, config.memory_mib)
 
 
 def quiet_without_terminal() -> None:

@@ -33,6 +33,8 @@ class ModelConfig:
     attention: Literal["auto", "sdpa", "eager"] = "auto"
 
     def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise UserError(f"model.name: {self.name!r} is empty; set model.name to a name for its results")
         if self.name.endswith(".gguf") or (self.path is None and Path(self.name).expanduser().is_dir()):
             raise UserError(
                 f"model.name: {self.name!r} is a path; "

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from bc.data.sources import SOURCES
 from bc.errors import UserError, unknown
 from bc.settings import build_dataclass
 
@@ -118,6 +119,7 @@ class ImageData:
 
 
 DataConfig = TextData | ImageData
+PATHS = (*SOURCES, "imagenet")
 PARTS: dict[str, tuple[str, ...]] = {
     "text": ("calibration", "selection", "evaluation"),
     "images": ("calibration", "compensation", "selection", "evaluation"),
@@ -153,6 +155,8 @@ def data_config(values: Mapping[str, Any]) -> DataConfig:
     parts["evaluation"]["datasets"] = strings("data.evaluation.datasets", parts["evaluation"].get("datasets", ()))
     paths = dict(section(values, "paths", "data.")) if values.get("paths") else {}
     for key, path in paths.items():
+        if key not in PATHS:  # of both kinds, as one file may hold all that this machine has
+            raise unknown("data.paths option", key, PATHS)
         if path is not None and not isinstance(path, str):
             raise UserError(f"data.paths.{key}: {path!r} is a {type(path).__name__}; a path or null is needed")
     selection = build_dataclass(SelectionConfig, parts["selection"], "data.selection")
