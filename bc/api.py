@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bc import device as devices
@@ -25,7 +26,7 @@ from bc.settings import Bits, Compensation
 Score = Callable[[nn.Module], float]
 
 
-def load(name: str, *, path: str | None = None, dtype: str = "float32") -> nn.Module:
+def load(name: str | Path, *, path: str | Path | None = None, dtype: str = "float32") -> nn.Module:
     """Load a language or a vision model onto the CPU, in evaluation mode.
 
     Args:
@@ -37,6 +38,7 @@ def load(name: str, *, path: str | None = None, dtype: str = "float32") -> nn.Mo
     Raises:
         UserError: The name, dtype or family is unknown, or the source is absent.
     """
+    name, path = str(name), None if path is None else str(path)
     if name in vision.catalogue() or (name not in models.catalogue() and vision.knows(name)):
         return vision.load(name, path, dtype=dtype)
     return models.load(name, path=path, dtype=dtype)
@@ -51,7 +53,7 @@ def quantize(
     *,
     held_out: Samples | None = None,
     score: Score | None = None,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     batch_size: int = 4,
     **options: Any,
 ) -> Report:
@@ -70,7 +72,7 @@ def quantize(
         score: What ``search`` and ``auto`` choose by: the quality of a compensated model, the higher the better, on
             samples that are neither fitted nor tested on. By default minus the perplexity of ``held_out``; of a vision
             model minus the divergence from the float model there (:class:`bc.divergence.Divergence`).
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, or a device.
         batch_size: Samples per forward.
         options: The quantizer's own options.
 
@@ -135,39 +137,41 @@ def _usual_score(model: nn.Module, samples: Samples | None, engine: Engine) -> S
     return lambda twin: -evaluate_perplexity(twin, samples, engine)
 
 
-def perplexity(model: nn.Module, windows: Tensor, *, device: str = "auto", batch_size: int = 4) -> float:
+def perplexity(model: nn.Module, windows: Tensor, *, device: str | torch.device = "auto", batch_size: int = 4) -> float:
     """Perplexity of a language model; see :func:`bc.evaluation.evaluate_perplexity`.
 
     Args:
         model: A causal language model on the CPU.
         windows: Token ids, int64, shape (windows, tokens).
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, or a device.
         batch_size: Windows per forward.
     """
     return evaluate_perplexity(model, windows, Engine(devices.resolve(device), batch_size))
 
 
-def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: str = "auto") -> Accuracy:
+def accuracy(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: str | torch.device = "auto"
+) -> Accuracy:
     """Top-1 and top-5 accuracy of a vision model; see :func:`bc.evaluation.evaluate_accuracy`.
 
     Args:
         model: A classifier on the CPU.
         batches: Pairs of images, shape (n, channels, height, width), and labels, int64, shape (n,); for example
             :func:`bc.data.images.test_batches`.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, or a device.
     """
     return evaluate_accuracy(model, batches, Engine(devices.resolve(device)))
 
 
 def accuracies(
-    models: Mapping[str, nn.Module], batches: Iterable[tuple[Tensor, Tensor]], *, device: str = "auto"
+    models: Mapping[str, nn.Module], batches: Iterable[tuple[Tensor, Tensor]], *, device: str | torch.device = "auto"
 ) -> dict[str, Accuracy]:
     """Accuracy of several vision models in one pass; see :func:`bc.evaluation.evaluate_accuracies`.
 
     Args:
         models: Name → classifier on the CPU, the float model and its quantized copies for example.
         batches: As for :func:`accuracy`.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, or a device.
     """
     return evaluate_accuracies(models, batches, Engine(devices.resolve(device)))
 

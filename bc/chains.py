@@ -13,7 +13,7 @@ from bc import models, vision
 from bc.activation_cache import Store
 from bc.calibration import Samples, Stream, capture, capture_images, logits
 from bc.compensation import folds
-from bc.errors import UserError
+from bc.errors import UserError, headless
 from bc.models import Family, submodule
 from bc.positions import PositionContext
 from bc.settings import AUTO, READOUT, SCOPES, SEARCH, Compensation
@@ -138,9 +138,14 @@ def chain_of(model: nn.Module) -> Chain:
     """The chain of a model of a known family.
 
     Raises:
-        UserError: The family is unknown.
+        UserError: The family is unknown, or a language model has no head.
     """
-    return VisionChain(model) if is_vision(model) else LanguageChain(model, models.family_of(model))
+    if is_vision(model):
+        return VisionChain(model)
+    family = models.family_of(model)
+    if not hasattr(model, family.head.partition(".")[0]):
+        raise headless(model)
+    return LanguageChain(model, family)
 
 
 def block_list(model: nn.Module, family: Family) -> nn.ModuleList:

@@ -17,6 +17,14 @@ class QuantizationError(RuntimeError):
     """A quantizer could not produce a valid result for a site (named in the message)."""
 
 
+def headless(model: object) -> UserError:
+    """Build the error for a language model without logits."""
+    return UserError(
+        f"model: a {type(model).__name__} puts out no logits of tokens; load it as a causal language model, with bc.load or "
+        "AutoModelForCausalLM"
+    )
+
+
 def pickled(field: str, path: object) -> UserError:
     """Build the error for a checkpoint that only the unrestricted, code-running reader of pickles could read.
 

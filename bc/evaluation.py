@@ -16,7 +16,7 @@ from bc import device as devices
 from bc.calibration import capture, logits, on_device
 from bc.chains import block_list
 from bc.diagnosis import not_finite
-from bc.errors import UserError
+from bc.errors import UserError, headless
 from bc.models import family_of, submodule
 from bc.pipeline import Engine
 from bc.positions import PositionContext
@@ -99,7 +99,10 @@ def window_losses(model: nn.Module, windows: Tensor, engine: Engine | None = Non
         with evaluating(model), on_device(engine.device, model):
             for ids in track(parts, "perplexity", total=len(parts), unit="batch"):
                 ids = ids.to(engine.device)
-                losses += _losses(model(input_ids=ids, use_cache=False).logits, ids)
+                output = model(input_ids=ids, use_cache=False)
+                if not hasattr(output, "logits"):
+                    raise headless(model)
+                losses += _losses(output.logits, ids)
     else:
         with evaluating(model):
             losses = _streamed(model, windows, engine)

@@ -42,6 +42,8 @@ def check_samples(model: nn.Module, samples: Any, where: str) -> None:
         if not isinstance(ids, Tensor):
             raise UserError(f"{place}: a {_kind(ids)} is not allowed; give {TOKENS}")
         _check_ids(model, ids, place, (1, 2))
+        if isinstance(sample, Mapping):
+            _check_mask(sample.get("attention_mask"), f"{where}[{number}]['attention_mask']")
 
 
 def _kind(value: Any) -> str:
@@ -53,8 +55,16 @@ def _kind(value: Any) -> str:
 def _check_ids(model: nn.Module, ids: Tensor, where: str, dimensions: tuple[int, ...]) -> None:
     if ids.dim() not in dimensions or ids.is_floating_point():
         raise UserError(f"{where}: a {_kind(ids)} is not allowed; give {TOKENS}")
+    if not ids.shape[-1]:
+        raise UserError(f"{where}: a {_kind(ids)} has no tokens; leave it out, or give more text")
     check_window(model, ids.shape[-1], where)
     check_vocabulary(ids, getattr(getattr(model, "config", None), "vocab_size", None), where)
+
+
+def _check_mask(mask: Any, where: str) -> None:
+    """Refuse a mask that leaves nothing of a sample."""
+    if isinstance(mask, Tensor) and mask.dim() in (1, 2) and not bool(mask.bool().any(-1).all()):
+        raise UserError(f"{where}: a sample is padding throughout; leave it out")
 
 
 def _check_images(model: Any, samples: Any, where: str) -> None:

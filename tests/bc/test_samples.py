@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,12 @@ def test_images_are_given_as_the_model_takes_them(dtype: torch.dtype) -> None:
         ([[1, 2], [3, 4]], r"calibration\[0\]: a list is not allowed"),
         ([{"ids": IDS}], r"calibration\[0\]\['input_ids'\]: a NoneType is not allowed"),
         ([IDS[0], np.ones(3)], r"calibration\[1\]: a ndarray is not allowed"),
+        (IDS[:, :0], r"calibration: a int64 tensor of shape \(7, 0\) has no tokens; leave it out"),
+        ([IDS[0], IDS[0, :0]], r"calibration\[1\]: a int64 tensor of shape \(0,\) has no tokens; leave it out"),
+        (
+            [{"input_ids": IDS[:2], "attention_mask": torch.tensor([[1], [0]]).expand(2, 12)}],
+            r"calibration\[0\]\['attention_mask'\]: a sample is padding throughout; leave it out",
+        ),
         (IDS + 900, r"calibration: token ids from 9\d\d to 9\d\d are not all of the model's \d+; give"),
         (IDS.repeat(1, 99), r"calibration: a window of 1188 tokens is longer than the model's \d+; lower the window"),
     ],
@@ -144,6 +151,22 @@ def test_arguments_of_another_type_are_refused() -> None:
         bc.perplexity(model, IDS.tolist(), device="cpu")
     with pytest.raises(UserError, match=r"data: token ids from 9\d\d to 9\d\d are not all of the model's \d+; give"):
         bc.perplexity(model, IDS + 900, device="cpu")
+
+
+def test_paths_and_devices_are_given_as_they_are(tmp_path: Path) -> None:
+    tiny_model("opt").save_pretrained(tmp_path)
+    by_name = bc.load(tmp_path)
+    by_path = bc.load("opt_125m", path=tmp_path)
+    device = torch.device("cpu")
+    assert bc.perplexity(by_name, IDS, device=device) == bc.perplexity(by_path, IDS, device="cpu")
+    bc.quantize(by_name, "rtn", "w4", "sink", IDS, device=device)
+
+
+def test_a_model_without_a_head_is_refused() -> None:
+    model = tiny_model("opt").model
+    for act in (lambda: bc.quantize(model, "rtn", "w4", "off", IDS, device="cpu"), lambda: bc.perplexity(model, IDS)):
+        with pytest.raises(UserError, match=r"model: a OPTModel puts out no logits of tokens; load it as a causal"):
+            act()
 
 
 @pytest.mark.parametrize("granularity", ["shrink", "lowrank"])
