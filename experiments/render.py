@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from experiments.tables import Line
 
 FIXED_BELOW = 10_000  # larger values are printed in scientific notation
+REASON_LENGTH = 160  # of why there is no value, in tables for people
 LONG = (
     "model",
     "quantizer",
@@ -171,7 +173,7 @@ def _rank(line: Line) -> float:
 def ours(line: Line) -> str:
     """Mean ± standard deviation over seeds, and how many of those that were asked for, or why there is none."""
     if line.mean is None:
-        return line.missing
+        return shorten(line.missing, REASON_LENGTH, placeholder=" …")  # the CSV file has all of it
     lacking = f" of {line.listed}" if len(line.values) < line.listed else ""
     count = f" (n={len(line.values)}{lacking})" if lacking or len(line.values) > 1 else ""
     return number(line.mean) + ("" if line.deviation is None else f" ± {number(line.deviation)}") + count

@@ -30,7 +30,6 @@ from experiments.scores import path_of, write_scores
 from experiments.status import state_of
 from experiments.store import CellStore, all_results, try_lock
 
-REASON_LENGTH = 60
 LOCK = ".tables.lock"  # below the results directory
 FOREVER = -1.0  # seconds, of a lock's patience
 PUBLISHED = Path(__file__).parent.parent / "results" / "published"
@@ -158,8 +157,7 @@ def reason(store: CellStore) -> str:
     state, detail = state_of(store)
     if state == "failed":
         text = "no data: " if detail.startswith("data") else "failed: "
-        detail = text + detail
-        return detail if len(detail) <= REASON_LENGTH else detail[: REASON_LENGTH - 1] + "…"
+        return text + detail
     return {"waiting": "not run", "complete": "not in cells.csv"}.get(state, state)
 
 

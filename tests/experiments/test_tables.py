@@ -107,11 +107,14 @@ def test_missing_cells_say_why(demo: Workspace, tmp_path: Path) -> None:
             shutil.rmtree(folder)
         if "-gptq-w3-sink-" in folder.name:
             (folder / "result.json").unlink()
-            (folder / "status.json").write_text('{"state": "failed", "error": "data.paths.c4: nothing there"}')
+            error = f"data.paths.c4: nothing there; {'set it, ' * 40}or leave it"
+            (folder / "status.json").write_text(json.dumps({"state": "failed", "error": error}))
     assert build(workspace) == 0
     text = (workspace.results / "tables" / "demo.md").read_text()
     assert "| not run |" in text
-    assert "no data: data.paths.c4: nothing there" in text
+    assert f"| no data: data.paths.c4: nothing there; {'set it, ' * 14}set" in text and "it, … |" in text
+    with (workspace.results / "tables" / "demo.csv").open() as stream:
+        assert f"no data: {error}" in {line["missing"] for line in csv.DictReader(stream)}
 
 
 def test_published_values_stand_beside_ours(tmp_path: Path) -> None:
