@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,6 +62,8 @@ def disk_error(error: OSError, where: str = "results_dir", results: Path | None 
         if not within:
             return UserError(f"cannot be written: {path!r} ({reason}); make its folder writable")
         return UserError(f"{where}: cannot be written ({reason}{_of(path)}); set {where} to a folder of yours")
+    if number == errno.ENOENT and within and path and _is_made(error):
+        return UserError(f"{where}: {path!r} cannot be made ({reason}); set {where} to a folder of yours")
     if number in IN_THE_WAY and within and path:
         return UserError(f"{where}: {path!r} is in the way ({reason}); set {where} to a folder")
     return None
@@ -73,6 +76,13 @@ def _below(path: Path, folder: Path) -> bool:
 def _is_write(path: Path) -> bool:
     """Whether writing is what was forbidden: what is there can be read, or what is not could have been looked for."""
     return os.access(path, os.R_OK) if os.path.lexists(path) else os.access(path.parent, os.X_OK)
+
+
+def _is_made(error: OSError) -> bool:
+    """Whether a folder was to be made: beside one that is there this fails in a place like /proc alone."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    made = bool(frames) and frames[-1].f_code.co_name in ("mkdir", "makedirs")
+    return made and Path(error.filename).parent.is_dir()
 
 
 def _of(path: str) -> str:

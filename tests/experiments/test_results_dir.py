@@ -72,3 +72,9 @@ def test_this_machines_own_settings(tmp_path: Path) -> None:
         assert done.returncode == 2
         (line,) = done.stderr.splitlines()
         assert line.startswith("error: conf/local/default.yaml: lacks its first line, '# @package _global_'")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which none can be made")
+def test_a_folder_that_cannot_be_made(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert Workspace(workspace.shared, Path("/proc/none")).run(*RTN) == 2
+    assert_one_line(capsys, "results_dir: '/proc/none' cannot be made (no such file", "set results_dir to a folder")
