@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from bc.activations import attach_quantizers, detach_quantizers
+from bc.errors import UserError
 from bc.quantizers.base import SiteResult
 
 
@@ -21,10 +22,19 @@ def install(module: nn.Module, result: SiteResult, device: torch.device | None =
         module: The site.
         result: How it is quantized.
         device: Where its inputs are; None takes that of the module, or, of a matmul, that of its quantizers.
+
+    Raises:
+        UserError: The weight is of another module.
     """
     if result.weight is not None:
         weight: Any = module.weight
-        weight.data = result.weight.dequantize().to(weight).view_as(weight)
+        found = result.weight.dequantize()
+        if found.numel() != weight.numel():
+            raise UserError(
+                f"quantized: a weight of shape {tuple(found.shape)} does not fit one of {tuple(weight.shape)}; give "
+                "what calibrate() found for the same model"
+            )
+        weight.data = found.to(weight).view_as(weight)
     if result.inputs:
         child = attach_quantizers(module, copy.deepcopy(result.inputs))  # copies of a model are not to share them
         known = device or next((parameter.device for parameter in module.parameters()), None)

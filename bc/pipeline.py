@@ -305,12 +305,17 @@ def compensate(
         Errors per site, storage and parameter counts.
 
     Raises:
-        UserError: The model is quantized already, a scope does not exist in it, or samples are missing.
+        UserError: The model is quantized already, a scope does not exist in it, samples are missing, or ``quantized``
+            is of another model.
         QuantizationError: By site name, where a bias is not finite.
     """
     chain = chain_of(model)
     _require_float(model)
     check_settings(chain, settings)
+    if strangers := sorted(set(quantized) - {site.name for site in chain.sites}):
+        raise UserError(
+            f"quantized: {strangers[0]!r} is no module of this model; give what calibrate() found for the same model"
+        )
     if settings.enabled and settings.stream == "calibration" and means is None:
         raise UserError(
             "bc.stream: 'calibration' needs the sums that calibrate(…, collect=…) keeps; give them as means"

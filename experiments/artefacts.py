@@ -1,6 +1,8 @@
 """What cells share: quantized weights and the float model's statistics, kept once by the hash of what determines them.
 
 What was just made is read back from its file before it is used, so a resumed sweep computes with the very same numbers.
+Each keeps the fingerprint of the model that it was made from: a local model goes by the name that its user gave it, and
+what was made from another of that name is not to be mixed with it.
 """
 
 from __future__ import annotations
@@ -14,8 +16,11 @@ from typing import Generic, TypeVar
 
 from filelock import FileLock, Timeout
 from safetensors import safe_open
+from torch import nn
 
 from bc.checkpoint import DamagedFileError, load_means, load_weights, save_means, save_weights
+from bc.errors import UserError
+from bc.fingerprint import fingerprint
 from bc.quantizers.base import SiteResult
 from bc.statistics import PositionSums
 from experiments.config import CellConfig
@@ -26,6 +31,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 DIGITS = 16  # of the hash, in file names
 MEANS_FILE = "means.safetensors"
+Metadata = dict[str, str]
 
 
 @dataclass
@@ -44,60 +50,61 @@ class Shared(Generic[T]):
 
 
 def quantized_weights(
-    results: Path, cell: CellConfig, make: Callable[[], dict[str, SiteResult]]
+    results: Path, cell: CellConfig, model: nn.Module, make: Callable[[], dict[str, SiteResult]]
 ) -> Shared[dict[str, SiteResult]]:
     """The quantized weights of a cell, made if they are not there.
 
     Args:
         results: The results directory.
         cell: Determines which weights.
+        model: The float model that they are of.
         make: Computes them.
+
+    Raises:
+        UserError: What is there was made from another model of the same name.
     """
-    digits = weights_hash(cell)[:DIGITS]
-
-    def load(path: Path) -> tuple[dict[str, SiteResult], float]:
-        weights, metadata = load_weights(path)
-        return weights, float(metadata["seconds"])
-
-    def save(path: Path, weights: dict[str, SiteResult], seconds: float) -> None:
-        save_weights(path, weights, {"seconds": repr(seconds), "identity": weights_hash(cell)})
-
-    return _obtain(results / "artefacts" / f"weights-{digits}.safetensors", make, load, save)
+    identity = weights_hash(cell)
+    path = results / "artefacts" / f"weights-{identity[:DIGITS]}.safetensors"
+    return _obtain(path, cell, _facts(model, identity), make, load_weights, save_weights)
 
 
 def float_statistics(
-    results: Path, cell: CellConfig, make: Callable[[], dict[str, PositionSums]]
+    results: Path, cell: CellConfig, model: nn.Module, make: Callable[[], dict[str, PositionSums]]
 ) -> Shared[dict[str, PositionSums]]:
     """The float model's sums of inputs by position, made if they are not there; arguments as above."""
-    return _sums(results, "means", means_hash(cell, cell.bc.wants_halves), make)
+    return _sums(results, "means", cell, _facts(model, means_hash(cell, cell.bc.wants_halves)), make)
 
 
 def calibration_statistics(
-    results: Path, cell: CellConfig, make: Callable[[], dict[str, PositionSums]]
+    results: Path, cell: CellConfig, model: nn.Module, make: Callable[[], dict[str, PositionSums]]
 ) -> Shared[dict[str, PositionSums]]:
     """Sums of the inputs that the quantizer saw, made if they are not there; arguments as above."""
-    return _sums(results, "seen", seen_hash(cell, cell.bc.wants_halves), make)
+    return _sums(results, "seen", cell, _facts(model, seen_hash(cell, cell.bc.wants_halves)), make)
+
+
+def _facts(model: nn.Module, identity: str) -> Metadata:
+    return {"identity": identity, "model": fingerprint(model)}
 
 
 def _sums(
-    results: Path, kind: str, identity: str, make: Callable[[], dict[str, PositionSums]]
+    results: Path, kind: str, cell: CellConfig, facts: Metadata, make: Callable[[], dict[str, PositionSums]]
 ) -> Shared[dict[str, PositionSums]]:
-    def load(path: Path) -> tuple[dict[str, PositionSums], float]:
+    def load(path: Path) -> tuple[dict[str, PositionSums], Metadata]:
         means = load_means(path)
         with safe_open(str(path / MEANS_FILE), framework="pt") as file:
-            return means, float(file.metadata()["seconds"])
+            return means, file.metadata()
 
-    def save(path: Path, means: dict[str, PositionSums], seconds: float) -> None:
-        save_means(path, means, {"seconds": repr(seconds), "identity": identity})
-
-    return _obtain(results / "artefacts" / f"{kind}-{identity[:DIGITS]}", make, load, save)
+    path = results / "artefacts" / f"{kind}-{facts['identity'][:DIGITS]}"
+    return _obtain(path, cell, facts, make, load, save_means)
 
 
 def _obtain(
     path: Path,
+    cell: CellConfig,
+    facts: Metadata,
     make: Callable[[], T],
-    load: Callable[[Path], tuple[T, float]],
-    save: Callable[[Path, T, float], None],
+    load: Callable[[Path], tuple[T, Metadata]],
+    save: Callable[[Path, T, Metadata], None],
 ) -> Shared[T]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
@@ -114,13 +121,25 @@ def _obtain(
                 path.rmdir()
         if path.exists():
             try:
-                return Shared(*load(path), found=True)
+                value, kept = load(path)
+                _refuse_another(path, cell, kept, facts)
+                return Shared(value, float(kept["seconds"]), found=True)
             except DamagedFileError as error:
                 set_aside(path, str(error))
         start = time.perf_counter()
         value = make()
-        save(path, value, time.perf_counter() - start)
+        save(path, value, facts | {"seconds": repr(time.perf_counter() - start)})
         del value  # never two copies at once
-        return Shared(*load(path), found=False)
+        value, kept = load(path)
+        return Shared(value, float(kept["seconds"]), found=False)
     finally:
         lock.release()
+
+
+def _refuse_another(path: Path, cell: CellConfig, kept: Metadata, facts: Metadata) -> None:
+    """Refuse what was made from another model; files without a fingerprint are of a time when none was kept."""
+    if kept.get("model", facts["model"]) != facts["model"]:
+        raise UserError(
+            f"model.name: {cell.model.name!r} was a model of other weights when {path} was made; give this one another "
+            "model.name, or use another results_dir"
+        )

@@ -182,15 +182,13 @@ def quantize(
     closed = fed and ("layer" in settings.scope or settings.searched)
     if cell.domain == "text" and closed and not seen:
         with watch.stage("statistics"):
-            means = float_statistics(
-                run.results, cell, lambda: pipeline.float_means(model, calibration, engine, halves=cell.bc.wants_halves)
-            )
+            measure = partial(pipeline.float_means, model, calibration, engine, halves=cell.bc.wants_halves)
+            means = float_statistics(run.results, cell, model, measure)
     with watch.stage("quantize"):
         if seen:
             means = seen_statistics(run, model, quantizer, calibration, engine)
-        weights = quantized_weights(
-            run.results, cell, lambda: pipeline.calibrate(model, quantizer, calibration, engine)
-        )
+        walk = partial(pipeline.calibrate, model, quantizer, calibration, engine)
+        weights = quantized_weights(run.results, cell, model, walk)
     facts: dict[str, Any] = {"seconds_quantize": weights.seconds}
     if settings.searched:
         with watch.stage("search"):
@@ -222,11 +220,11 @@ def seen_statistics(
     def make() -> dict[str, PositionSums]:
         collect = pipeline.Collection(cell.bc.wants_halves, "calibration")
         walk = partial(pipeline.calibrate, model, quantizer, calibration, engine, collect=collect)
-        if quantized_weights(run.results, cell, walk).found:
+        if quantized_weights(run.results, cell, model, walk).found:
             walk()
         return collect.sums
 
-    return calibration_statistics(run.results, cell, make)
+    return calibration_statistics(run.results, cell, model, make)
 
 
 def choose_settings(

@@ -133,8 +133,9 @@ def job_config(config: DictConfig, job_overrides: Sequence[str]) -> RunConfig:
     count = len(expand(config.experiment.cells))
     if config.cell is None:  # it would be the default cell under the experiment's name
         raise UserError(
-            f"cell: none of the {count} cells of {config.experiment.name} is chosen; leave out hydra.mode and "
-            f"hydra.sweeper, which run them all, or set cell to 0 to {count - 1}"
+            f"cell: none of the {count} cells of {config.experiment.name} is chosen; leave hydra.mode and "
+            "hydra.sweeper to the hydra part of its file (docs/extending.md), which runs them all, or set cell to "
+            f"0 to {count - 1}"
         )
     if not (isinstance(config.cell, int) and 0 <= config.cell < count):
         raise UserError(
@@ -150,13 +151,35 @@ def compose_cell(experiment: DictConfig, number: int, user_overrides: Sequence[s
         experiment: The experiment section.
         number: Which cell.
         user_overrides: Overrides that apply to every cell; they win over the cell's own.
+
+    Raises:
+        UserError: It is malformed, or one model's files are given for several.
     """
-    own = expand(experiment.cells)[number]
+    cells = expand(experiment.cells)
+    own = cells[number]
     users = [o for o in user_overrides if not re.match(r"\+?(cell|experiment)=|hydra[./]", o)]
     given = {o.lstrip("+~").partition("=")[0] for o in users}
     kept = [o for o in own if o.partition("=")[0] not in given]
+    refuse_one_path(
+        users, {o for cell in cells for o in cell if o.startswith("model=")} if "model" not in given else set()
+    )
     head = [f"experiment.name={experiment.name}", f"experiment.suite={experiment.suite}"]
     return compose_run([*kept, *users, *head])
+
+
+def refuse_one_path(users: Sequence[str], models: set[str]) -> None:
+    """Refuse one folder or file for several models, whose results it would all be.
+
+    Raises:
+        UserError: Saying how each gets its own.
+    """
+    for override in users:
+        key, _, value = override.lstrip("+").partition("=")
+        if key == "model.path" and len(models) > 1 and value not in ("", "null") and not re.search(r"\$\\?\{", value):
+            raise UserError(
+                f"model.path: {value} would be read for all {len(models)} models of the experiment; write "
+                "'model.path=FOLDER/${model.name}' for a folder with one of each name, or choose one with model="
+            )
 
 
 def load_experiment(name: str, user_overrides: Sequence[str] = ()) -> tuple[DictConfig, list[RunConfig]]:

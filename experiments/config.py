@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -101,6 +101,17 @@ class LoggerConfig:
 
 
 @dataclass(frozen=True)
+class ExperimentConfig:
+    """What a cell is run for."""
+
+    name: str = "adhoc"
+    suite: Literal["paper", "embedded"] = "paper"
+    title: str = ""
+    published: str | None = None
+    cells: list = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class CellConfig:
     """One point of a sweep. ``options`` are the quantizer's own, all of them, defaults filled in."""
 
@@ -177,7 +188,7 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
         cell=cell,
         engine=engine_config(values),
         logger=build_dataclass(LoggerConfig, logger, "logger"),
-        experiment=str(section(values, "experiment").get("name", "adhoc")),
+        experiment=experiment_config(values).name,
         results=results_folder(values["results_dir"]),
         save_model=values["save_model"],
         on_error=values["on_error"],
@@ -206,6 +217,21 @@ def refuse_local_section(values: Mapping[Any, Any]) -> None:
             "conf/local/default.yaml: lacks its first line, '# @package _global_', without which its settings are "
             "not this project's; put it above them"
         )
+
+
+def experiment_config(values: Mapping[str, Any]) -> ExperimentConfig:
+    """Check the experiment section.
+
+    Raises:
+        UserError: It has an unknown key, or its file lacks the line that makes it a section of its own.
+    """
+    given = dict(section(values, "experiment"))
+    if "experiment" in given:
+        raise UserError(
+            "experiment: the file in conf/experiment lacks its first line, '# @package _global_', without which its "
+            "cells are not listed; put it above them"
+        )
+    return build_dataclass(ExperimentConfig, given, "experiment")
 
 
 def cell_config(values: Mapping[str, Any]) -> CellConfig:

@@ -6,6 +6,7 @@ import importlib
 import json
 import pickle
 import pkgutil
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -81,7 +82,7 @@ def locate(name: str, path: str | None = None) -> tuple[str, str, Path | None]:
         (what ``from_pretrained`` takes: folder or hub id, revision, GGUF file or None).
 
     Raises:
-        UserError: Nothing of that name is known or present.
+        UserError: Nothing of that name is known or present, or the folder's model is of another family than the name.
     """
     source = catalogue().get(name)
     if path is None and source is not None and source.embedded:
@@ -101,7 +102,7 @@ def locate(name: str, path: str | None = None) -> tuple[str, str, Path | None]:
             model_type = json.loads((local / "config.json").read_text(encoding="utf8"))["model_type"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"model.path: the config.json of {target!r} names no model_type; write it again") from error
-        _family_by_type(model_type)
+        _require_family(name, _family_by_type(model_type), target)
         return str(local), "main", None
     if path is not None:
         raise UserError(f"model.path: no folder or GGUF file at {path!r}; correct the path or leave it out for the hub")
@@ -111,6 +112,16 @@ def locate(name: str, path: str | None = None) -> tuple[str, str, Path | None]:
             "a local folder or a .gguf file"
         )
     return target, source.revision if source else "main", None
+
+
+def _require_family(name: str, family: Family, path: str) -> None:
+    """Refuse a folder of another family than a catalogue name's, under which its results would stand."""
+    own = next((known for known in families().values() if name in known.catalogue), family)
+    if own.name != family.name:
+        raise UserError(
+            f"model.path: {path!r} holds a model of the {family.name} family, and {name!r} is of {own.name}; give "
+            "the folder of that model, or set model=custom and a model.name of its own"
+        )
 
 
 def load(
@@ -159,6 +170,7 @@ def load(
                 target, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
         _require_complete(name, target, loaded)
+        _require_read(name, target, loaded, family_of(model))
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"model: {name!r} could not be read from {target!r} ({_first_line(error)}); "
@@ -206,6 +218,18 @@ def _require_complete(name: str, target: str, loaded: dict[str, Any]) -> None:
                 f"model: {keys[0]}{more} of {name!r} {what} ({target!r}); give the whole checkpoint of a causal "
                 "language model, as save_pretrained writes it"
             )
+
+
+def _require_read(name: str, target: str, loaded: dict[str, Any], family: Family) -> None:
+    """Refuse files whose blocks hold weights that the model has no place for: it would be another model."""
+    inside = re.compile(rf"(^|\.){re.escape(family.blocks.rpartition('.')[2])}\.\d+\.(.*\.)?(weight|bias)$")
+    unread = sorted(key for key in loaded.get("unexpected_keys", ()) if inside.search(key))
+    if unread:
+        more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
+        raise UserError(
+            f"model: the files of {name!r} ({target!r}) hold {unread[0]}{more}, which the model of their config.json "
+            "has no place for; give the config.json that belongs to them"
+        )
 
 
 def load_tokenizer(name: str, *, path: str | None = None) -> PreTrainedTokenizerBase:

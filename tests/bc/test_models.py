@@ -247,3 +247,31 @@ def test_a_base_model_with_tied_embeddings_is_complete(name, tmp_path):
     AutoModel.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "base")
     ids = torch.arange(6)[None]
     torch.testing.assert_close(load(str(tmp_path / "base"))(ids).logits, model(ids).logits)
+
+
+def test_files_of_another_shape_of_model_are_refused(tmp_path):
+    """What the configuration has no place for would be left out, and the model be another one."""
+    whole = tmp_path / "whole"
+    tiny_model("llama").save_pretrained(whole)
+    config = json.loads((whole / "config.json").read_text())
+    (whole / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    with pytest.raises(
+        UserError, match=r"hold model\.layers\.2\..* and \d+ more, which the model of their config"
+    ) as caught:
+        load(str(whole))
+    one_line(caught)
+    biased = tiny_model("llama").config
+    biased.attention_bias = True
+    LlamaForCausalLM(biased).save_pretrained(tmp_path / "biased")
+    config = json.loads((tmp_path / "biased" / "config.json").read_text())
+    (tmp_path / "biased" / "config.json").write_text(json.dumps(config | {"attention_bias": False}))
+    with pytest.raises(UserError, match=r"hold model\.layers\.0\.self_attn\.\w+\.bias and"):
+        load(str(tmp_path / "biased"))
+
+
+def test_a_folder_of_another_family_than_the_name_is_refused(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"holds a model of the llama family, and 'opt_125m' is of opt") as caught:
+        locate("opt_125m", str(tmp_path))
+    one_line(caught)
+    assert locate("mine", str(tmp_path))[0] == str(tmp_path)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra import compose
 
 from bc import models, quantizers
 from bc.errors import UserError
@@ -183,6 +184,16 @@ def test_experiments_compose(name: str) -> None:
     assert section.suite in ("paper", "embedded")
 
 
+@pytest.mark.parametrize("name", experiment_names())
+def test_settings_of_an_experiments_cells_can_be_given_on_the_command_line(name: str) -> None:
+    """Hydra knows only the settings of the groups that the experiment itself names, whatever its cells have."""
+    _, runs = experiment(name)
+    base = compose("config", overrides=[f"+experiment={name}"])
+    assert {"images" if "workers" in base.data else "text"} == {r.cell.domain for r in runs}
+    used = {r.cell.quantizer for r in runs if not r.cell.is_float}
+    assert len(used) > 1 or base.quantizer.name in used
+
+
 def test_cells_of_table2() -> None:
     _, runs = experiment("table2")
     assert len(runs) == 3 * (1 + 6 + 3)
@@ -193,6 +204,17 @@ def test_users_overrides_apply_to_every_cell() -> None:
     _, runs = load_experiment("demo", ["data.evaluation.limit=4", "seed=0,1", "hydra/launcher=local"])
     assert len({cell_hash(r.cell) for r in runs}) == 1 + 2 * 7
     assert all(r.cell.data.evaluation.limit == 4 for r in runs)
+
+
+def test_one_models_files_are_not_read_for_several() -> None:
+    with pytest.raises(
+        UserError, match=r"model\.path: /models would be read for all 3 models .* '.*\$\{model\.name\}'"
+    ):
+        load_experiment("table2", ["model.path=/models"])
+    _, runs = load_experiment("table2", ["model.path=/models/${model.name}"])
+    assert all(r.cell.model.path == f"/models/{r.cell.model.name}" for r in runs)
+    _, runs = load_experiment("table2", ["model.path=/models", "model=opt_125m"])
+    assert {r.cell.model.path for r in runs} == {"/models"}
 
 
 def test_schema_refuses_what_is_no_mapping() -> None:

@@ -19,8 +19,9 @@ from bc.checkpoint import load_means
 from bc.errors import QuantizationError
 from experiments import language
 from experiments.records import rows_of
-from experiments.run import tidy
-from tests.experiments.conftest import Workspace
+from experiments.run import main, tidy
+from tests.conftest import tiny_model
+from tests.experiments.conftest import Workspace, make_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SWEEP = ("-m", "quantizer=gptq", "bits=w3", "bc='off',sink,paper")
@@ -84,6 +85,25 @@ def test_the_calibration_stream_keeps_the_sums_of_the_weights(workspace: Workspa
     assert first.keys() == again.keys() and all(torch.equal(first[k].total, again[k].total) for k in first)
     streams = {json.loads((c / "result.json").read_text())["label"]["stream"] for c in workspace.cells()}
     assert streams == {"calibration"} and len(workspace.cells()) == 3
+
+
+@pytest.mark.parametrize("settings", [("quantizer=rtn", "bits=w8"), ("quantizer=gptq", "bits=w4")], ids=["rtn", "gptq"])
+def test_another_model_of_the_same_name_is_refused(
+    workspace: Workspace, tmp_path: Path, settings: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither the weights that were made from the one nor its statistics are put into the other."""
+    named = ("model.name=mine", *settings)
+    assert workspace.run(*named, "bc=off") == 0
+    other = tiny_model("llama")
+    other.get_submodule("model.layers.1.mlp.up_proj").weight.data *= 1.01
+    other.save_pretrained(tmp_path / "other")
+    make_tokenizer().save_pretrained(tmp_path / "other")
+    capsys.readouterr()
+    changed = [a for a in workspace.arguments("llama", *named) if a != "model.name=tiny_llama"]
+    changed = [a for a in changed if not a.startswith("model.path=")] + [f"model.path={tmp_path / 'other'}"]
+    assert main([*changed, "bc=channel"]) == 2
+    assert "model.name: 'mine' was a model of other weights when" in capsys.readouterr().err
+    assert main([*changed, "bc=channel", "model.name=theirs"]) == 0
 
 
 def test_finished_cells_are_skipped(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
