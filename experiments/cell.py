@@ -26,6 +26,7 @@ from experiments.artefacts import Shared, calibration_statistics, float_statisti
 from experiments.attempts import with_smaller_batches
 from experiments.config import BATCH, CellConfig, RunConfig
 from experiments.data import ImageData
+from experiments.float_first import say_unchecked
 from experiments.identity import SCHEMA, bc_label, bc_name, cell_hash, scientific, shape_name, slug
 from experiments.provenance import Stopwatch, provenance
 from experiments.store import FAILED, INTERRUPTED, RUNNING, CellStore
@@ -77,6 +78,7 @@ def run_cell(run: RunConfig) -> Outcome:
 def _run_locked(run: RunConfig, store: CellStore) -> Outcome:
     store.mark(RUNNING)
     log.info("%s: starts", store.slug)
+    say_unchecked(run)
     mirror = Mirror(run, store.slug)
     try:
         (result, sites), batches = with_smaller_batches(run, lambda attempt: compute(attempt, mirror))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -113,7 +114,7 @@ class VisionTask:
                 scores.metrics.append(row)
             scores.outcomes[dataset] = "".join("01"[right] for right in found.right)
             if cell.is_float and dataset == "imagenet":
-                compare_float(cell, found.top1, whole=found.samples == images.IMAGENET_TEST)
+                compare_float(cell, found.top1, found.samples, whole=found.samples + left_out == images.IMAGENET_TEST)
         return scores
 
     def selection_score(self, model: nn.Module, samples: Samples, engine: Engine, cell: CellConfig) -> SelectionScore:
@@ -166,15 +167,23 @@ def check_classes(cell: CellConfig, field: str, dataset: str) -> None:
         )
 
 
-def compare_float(cell: CellConfig, top1: float, *, whole: bool) -> None:
-    """Say where the float model is not what was published, on which all that follows would stand."""
+def compare_float(cell: CellConfig, top1: float, scored: int, *, whole: bool) -> None:
+    """Say where the float model is not what was published, on which all that follows would stand.
+
+    Args:
+        cell: The float cell.
+        top1: What it scored on ImageNet-1k, in percent.
+        scored: On how many images.
+        whole: All images of the validation set were asked for; else what the draw of a part may do is allowed for.
+    """
     source = vision.catalogue().get(cell.model.name)
     if source is None or source.top1 is None:
         return
-    difference = top1 - source.top1
-    part = "" if whole else " (on a part of the images)"
+    difference, share = top1 - source.top1, source.top1 / 100
+    allowed = TOLERANCE + (0 if whole else 4 * 100 * math.sqrt(share * (1 - share) / scored))
+    part = "" if whole else f" (on a part: {scored:,} images)"
     line = f"  float top-1 of {cell.model.name}: {top1:.2f}{part}, published {source.top1:.2f}, {difference:+.2f}"
-    if whole and abs(difference) > TOLERANCE:
+    if abs(difference) > allowed:
         log.warning("warning:%s; check the checkpoint and the images before trusting quantized scores", line)
     else:
         log.info("%s", line)
