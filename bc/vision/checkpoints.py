@@ -18,6 +18,8 @@ from bc.errors import UserError, pickled
 
 ASSETS = Path(__file__).parents[1] / "data" / "assets"
 ENDINGS = (".safetensors", ".bin", ".pt", ".pth")
+TOP = ("pos_embed", "patch_embed.proj.weight")  # found behind a prefix too
+SIZED = (*TOP, "relative_position_bias_table")  # what depends on the size of images, patches or windows
 IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -54,10 +56,13 @@ def read_into(model: nn.Module, path: Path) -> None:
         raise UserError(f"model.path: {str(path)!r} cannot be read ({reason}); give the model's checkpoint") from error
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
-        if convert is not None and not _fits(model, state):
-            state = convert(state, model)
-        problems = [*_strangers(model, state)]
-    except (KeyError, RuntimeError, AttributeError) as error:
+        problems = _strangers(model, state)
+        if problems and convert is not None:
+            problems = _resampled(model, state)
+            if not problems:
+                state = convert(state, model)
+                problems = _strangers(model, state)
+    except (KeyError, IndexError, RuntimeError, AttributeError) as error:
         problems = [str(error)]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -66,10 +71,6 @@ def read_into(model: nn.Module, path: Path) -> None:
             "give the checkpoint of the model that is named"
         )
     model.load_state_dict(state)
-
-
-def _fits(model: nn.Module, state: dict[str, Any]) -> bool:
-    return not any(True for _ in _strangers(model, state))
 
 
 def _strangers(model: nn.Module, state: dict[str, Any]) -> list[str]:
@@ -83,6 +84,26 @@ def _strangers(model: nn.Module, state: dict[str, Any]) -> list[str]:
         for name in both
         if state[name].shape != own[name].shape
     ]
+
+
+def _resampled(model: nn.Module, state: dict[str, Any]) -> list[str]:
+    """What timm's conversion would interpolate without a word: tables of another image, window or patch size."""
+    own, prefix = model.state_dict(), getattr(model, "num_prefix_tokens", 0)
+    found = []
+    for name, value in state.items():
+        key = next((key for key in (name, *TOP) if key in own and f".{name}".endswith(f".{key}")), "")
+        if not key.endswith(SIZED) or not isinstance(value, Tensor):
+            continue
+        given, wanted = tuple(value.shape), tuple(own[key].shape)
+        if key.endswith("pos_embed"):  # some layouts have no class token in it, or no first axis
+            other = given[-1:] != wanted[-1:] or abs(given[-2] - wanted[-2]) > prefix
+        elif key.endswith("weight"):  # some layouts have a matrix for the convolution
+            other = len(given) == 4 and given[-2:] != wanted[-2:]
+        else:
+            other = given != wanted
+        if other:
+            found.append(f"{name} is {given}, not {wanted}")
+    return found
 
 
 def embedded_file(name: str) -> Path:

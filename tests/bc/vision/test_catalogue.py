@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,6 +109,34 @@ def test_another_models_weights_are_refused(tmp_path: Path) -> None:
     for name in ("tiny_deit", "tiny_swin"):
         with pytest.raises(UserError, match=r"model\.path.*another model's weights"):
             load(name, str(path))
+
+
+@pytest.mark.parametrize(
+    ("named", "given", "size", "what"),
+    [
+        ("deit_tiny_patch16_224", "deit_tiny_patch16_224", {"img_size": 96}, "pos_embed is (1, 37, 192)"),
+        ("tiny_swin", "tiny_swin", {"window_size": 2}, "relative_position_bias_table is (9, 3), not (49, 3)"),
+        ("tiny_vit", "tiny_vit", {"patch_size": 2, "img_size": 16}, "patch_embed.proj.weight is"),
+    ],
+)
+def test_weights_of_another_size_are_refused_not_resampled(
+    tmp_path: Path, named: str, given: str, size: dict[str, int], what: str
+) -> None:
+    path, source = tmp_path / "weights.safetensors", catalogue().get(given)
+    options = {} if source is None else source.options
+    save_file(timm.create_model(given if source is None else source.timm, **options | size).state_dict(), path)
+    with pytest.raises(UserError, match=rf"model\.path.*another model's weights.*{re.escape(what)}"):
+        load(named, str(path))
+
+
+def test_the_original_layouts_are_converted(tmp_path: Path) -> None:
+    swin, vit = create("tiny_swin").state_dict(), create("tiny_vit").state_dict()
+    names = {key: re.sub(r"(\d+)(?=\.downsample)", lambda n: str(int(n[0]) - 1), key) for key in swin}
+    torch.save({"model": {names[k].replace("head.fc.", "head."): v for k, v in swin.items()}}, tmp_path / "swin.pth")
+    torch.save({f"visual.trunk.{key}": value for key, value in vit.items()}, tmp_path / "vit.pth")
+    for name, state in (("swin", swin), ("vit", vit)):
+        loaded = load(f"tiny_{name}", str(tmp_path / f"{name}.pth")).state_dict()
+        assert all(torch.equal(loaded[key], value) for key, value in state.items())
 
 
 def test_a_pickle_with_code_is_refused(tmp_path: Path) -> None:
