@@ -149,12 +149,13 @@ class CropCache:
         self._reasons: dict[int, str] = {}  # of the pictures that were found corrupt since the cache was opened
 
     def fill(self, indices: Indices, workers: int | None = None) -> None:
-        """Decode what is wanted and not there yet.
+        """Decode what is wanted and not there yet; a damaged file is made again.
 
         Raises:
             UserError: The folder cannot be written, the disk is too small, or a picture cannot be read.
         """
-        if self.data.is_file() and self.labels.is_file() and not len(self._untried(indices)):
+        there = self.data.is_file() and self.labels.is_file() and not self._damaged()
+        if there and not len(self._untried(indices)):
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -165,6 +166,9 @@ class CropCache:
                 say(f"waiting for another process that is filling {self.data}")
                 lock.acquire()
             try:
+                for path in self._damaged():
+                    say(f"data: warning: {path} is damaged; what it kept is decoded again")
+                    path.unlink()
                 self._create()
                 self._decode(self._untried(indices), workers)
             finally:
@@ -193,6 +197,17 @@ class CropCache:
         wanted = np.asarray(indices, np.int64)
         labels = np.load(self.labels)[wanted]
         return wanted[(labels == ABSENT) | (labels == CORRUPT) & ~np.isin(wanted, list(self._reasons))]
+
+    def _damaged(self) -> list[Path]:
+        """Files that are cut off or no arrays, as a full disk or a broken copy leaves them."""
+        found = []
+        for path, shape in ((self.data, self.shape), (self.labels, self.shape[:1])):
+            try:
+                if path.is_file() and np.load(path, mmap_mode="r").shape != shape:
+                    found.append(path)
+            except (ValueError, EOFError):
+                found.append(path)
+        return found
 
     def _create(self) -> None:
         if not self.data.is_file():

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from bc.data import fashion
 from bc.errors import UserError
@@ -38,6 +38,7 @@ EXAMPLE = (
 SPLITS = {"train": ("train",), "validation": ("val", "validation")}
 INSIDE = ("", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
 SOLUTION = "LOC_val_solution.csv"
+CLASSES = 1000
 ENDINGS = (".jpeg", ".jpg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
@@ -103,16 +104,33 @@ class Files:
     def fetch(self, index: int) -> tuple[Image.Image, int]:
         """A picture, not yet decoded, and its label."""
         name, label = self.files[index]
-        return Image.open(io.BytesIO((self.root / name).read_bytes())), label
+        return _opened((self.root / name).read_bytes()), label
 
     def fingerprint(self) -> str:
-        """From names, sizes and labels."""
-        facts = (f"{name}:{(self.root / name).stat().st_size}:{label}\n" for name, label in self.files)
+        """From names, sizes and labels.
+
+        Raises:
+            UserError: A file is not there: a link leads nowhere.
+        """
+        try:
+            facts = [f"{name}:{(self.root / name).stat().st_size}:{label}\n" for name, label in self.files]
+        except OSError as error:
+            raise UserError(
+                f"data.paths.imagenet: {str(error.filename)!r} cannot be read ({error.strerror}); mend the link or put "
+                "the file back"
+            ) from error
         return hashlib.sha256("".join(facts).encode()).hexdigest()
 
 
 class Parquet:
-    """Pictures in the hub's parquet files; a row group is read at once and kept until another is wanted."""
+    """Pictures in the hub's parquet files; a row group is read at once and kept until another is wanted.
+
+    Args:
+        shards: The files, in order.
+
+    Raises:
+        UserError: One is unreadable, or has not the columns ``image`` and ``label``.
+    """
 
     def __init__(self, shards: list[Path]) -> None:
         from pyarrow import parquet
@@ -125,8 +143,10 @@ class Parquet:
         for number, shard in enumerate(shards):
             try:
                 metadata = parquet.read_metadata(shard)
+                schema = metadata.schema.to_arrow_schema()
             except (OSError, ValueError) as error:
                 raise _unreadable(shard, error) from error
+            _check_columns(shard, schema)
             for group in range(metadata.num_row_groups):
                 self.starts.append(self.rows)
                 self.groups.append((number, group))
@@ -143,13 +163,22 @@ class Parquet:
         return f"{self.shards[shard]}, row {index - self.starts[number]} of row group {group}"
 
     def fetch(self, index: int) -> tuple[Image.Image, int]:
-        """A picture, not yet decoded, and its label."""
+        """A picture, not yet decoded, and its label.
+
+        Raises:
+            UserError: The label is no class of ImageNet-1k.
+        """
         number = bisect_right(self.starts, index) - 1
         row = self._table(number).slice(index - self.starts[number], 1).to_pylist()[0]
+        if row["label"] not in range(CLASSES):
+            raise UserError(
+                f"data.paths.imagenet: {self.name(index)} has the label {row['label']}; 0 to {CLASSES - 1} are "
+                "allowed: give files of a split with labels"
+            )
         content = row["image"]["bytes"] if row["image"] else None
         if not content:
             raise ValueError("the row has no picture")
-        return Image.open(io.BytesIO(content)), int(row["label"])
+        return _opened(content), int(row["label"])
 
     def fingerprint(self) -> str:
         """From the files' names and sizes."""
@@ -170,6 +199,29 @@ class Parquet:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": (-1, None)}
+
+
+def _opened(content: bytes) -> Image.Image:
+    """A picture, not yet decoded; PIL's own error would name an address in memory."""
+    if not content:
+        raise ValueError("the file is empty")
+    try:
+        return Image.open(io.BytesIO(content))
+    except UnidentifiedImageError as error:
+        raise ValueError("not a picture") from error
+
+
+def _check_columns(shard: Path, schema: Any) -> None:
+    from pyarrow import types
+
+    image, label = (schema.field(name).type if name in schema.names else None for name in ("image", "label"))
+    held = image is not None and types.is_struct(image) and image.get_field_index("bytes") >= 0
+    if not held or label is None or not types.is_integer(label):
+        found = ", ".join(f"{field.name}: {field.type}" for field in schema)
+        raise UserError(
+            f"data.paths.imagenet: {str(shard)!r} has the columns {found}; needed are image, a struct with bytes, and "
+            "label, an integer: give the files of ILSVRC/imagenet-1k"
+        )
 
 
 def _unreadable(shard: Path, error: Exception) -> UserError:
