@@ -90,6 +90,8 @@ reproduce-table2: ## run Table 2 (language models) and rebuild it; SUITE=embedde
 reproduce-table3: ## run Table 3 (group sizes, AWQ) and rebuild it; SUITE=embedded needs no hub
 reproduce-table4: ## run Table 4 (binary weights, BiLLM) and rebuild it; SUITE=embedded needs no hub
 TABLES := reproduce-table1 reproduce-table2 reproduce-table3 reproduce-table4
+IMAGENET = --imagenet '$(patsubst data.paths.imagenet=%,%,$(filter data.paths.imagenet=%,$(ARGS)))'
+IMAGENET += $(if $(findstring data.evaluation.limit=,$(ARGS)),--part) $(if $(findstring model.path=,$(ARGS)),,--hub)
 ifeq ($(SUITE),embedded)
 $(TABLES): reproduce-%: data
 	$(RUN) -m experiments.run +experiment=$*_embedded $(LAUNCH) $(ARGS)
@@ -99,8 +101,8 @@ $(TABLES):
 	@echo 'error: SUITE=$(SUITE) is not known; allowed: paper, embedded' >&2; exit 2
 else
 $(TABLES): reproduce-%: setup
-	@$(RUN) -m bc.data $(if $(filter table1,$*),--imagenet '$(patsubst data.paths.imagenet=%,%,$(filter data.paths.imagenet=%,$(ARGS)))',--hub) \
-		|| { echo 'without $(if $(filter table1,$*),ImageNet,the hub): make $@ SUITE=embedded' >&2; exit 2; }
+	@$(RUN) -m bc.data $(if $(filter table1,$*),$(IMAGENET),--hub) \
+		|| { echo 'without $(if $(filter table1,$*),all of ImageNet or the models,the hub): make $@ SUITE=embedded' >&2; exit 2; }
 	$(RUN) -m experiments.run +experiment=$* $(LAUNCH) $(ARGS)
 	$(RUN) -m experiments.tables $* $(filter-out seed=%,$(ARGS))
 endif

@@ -73,6 +73,34 @@ def check_make(words: list[str]) -> None:
         assert (ROOT / "conf" / "hydra" / "launcher" / f"{settings['LAUNCHER']}.yaml").exists() or "mine" in words
 
 
+@pytest.mark.parametrize(
+    ("table", "arguments", "asked"),
+    [
+        ("1", "", "--imagenet '' --hub"),
+        ("1", "data.paths.imagenet=/i data.evaluation.limit=500", "--imagenet '/i' --part --hub"),
+        ("1", "'model.path=/models/$${model.name}.safetensors'", "--imagenet ''"),
+        ("2", "model.path=/models/llama", "--hub"),
+    ],
+)
+def test_a_table_asks_first_for_what_it_needs(table: str, arguments: str, asked: str) -> None:
+    command = ["make", "--dry-run", f"reproduce-table{table}", f"ARGS={arguments}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    (found,) = re.findall(r"-m bc\.data (.*?) *\\?$", done.stdout, re.MULTILINE)
+    assert found.split() == asked.split()
+    assert f"+experiment=table{table}  {arguments.replace('$$', '$')}" in done.stdout
+
+
+def test_the_models_of_table1_are_each_read_from_a_file_of_their_name() -> None:
+    from hydra import compose
+
+    files = "model.path=/models/${model.name}.safetensors"
+    assert files in (ROOT / "conf" / "experiment" / "table1.yaml").read_text("utf8")
+    with hydra_ready():
+        section = compose("config", overrides=["+experiment=table1"]).experiment
+        for number, name in ((0, "vit_s"), (9, "swin_b_384")):
+            assert compose_cell(section, number, [files]).cell.model.path == f"/models/{name}.safetensors"
+
+
 def check_module(module: str, arguments: list[str]) -> None:
     assert importlib.util.find_spec(module), module
     if module == "experiments.run":

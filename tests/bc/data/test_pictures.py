@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from bc.data import images
+from bc.data.__main__ import main
 from bc.data.images import test_batches as batches
 from bc.errors import UserError
 from bc.vision.transforms import Preprocessing
@@ -121,3 +123,31 @@ def test_a_label_that_is_no_class_is_one_line(tmp_path: Path, label: int | None,
     test = batches("imagenet", SMALL, limit=2, paths={"imagenet": root}, workers=0, cache=cached)
     with pytest.raises(UserError, match=rf"row 1 of row group 0 has the label {label}; 0 to 999 are allowed"):
         list(test)
+
+
+def test_imagenet_is_counted(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "train").symlink_to(folder / "val")
+    assert main(["--imagenet", str(folder)]) == 2
+    said = capsys.readouterr()
+    draws = "the draws from them are not the published ones"
+    assert said.out == f"train: 6 of 1,281,167 pictures; {draws}\nval: 6 of 50,000 pictures\n"
+    assert said.err.startswith(
+        "data.paths.imagenet: the validation set has 6 pictures, not 50,000; complete it, or set"
+    )
+    assert said.err.count("\n") == 1
+    assert main(["--imagenet", str(folder), "--part"]) == 0
+    monkeypatch.setattr(images, "IMAGENET_TEST", 6)
+    monkeypatch.setattr(images, "IMAGENET_TRAIN", 6)
+    capsys.readouterr()
+    assert main(["--imagenet", str(folder)]) == 0
+    assert capsys.readouterr() == ("train: 6 of 6 pictures\nval: 6 of 6 pictures\n", "")
+
+
+def test_imagenet_and_the_hub_are_asked_together(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent() -> None:
+        raise UserError("hub: it does not answer")
+
+    monkeypatch.setattr("bc.data.__main__.check_hub", silent)
+    (folder / "train").symlink_to(folder / "val")
+    assert main(["--imagenet", str(folder), "--part", "--hub"]) == 2
+    assert main(["--imagenet", str(folder), "--part"]) == 0
