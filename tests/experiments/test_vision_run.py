@@ -212,6 +212,19 @@ def test_a_partial_run_is_shown_as_such(tmp_path: Path) -> None:
     assert "Bold: the best" in text
 
 
+def test_the_calibration_of_the_samples_ablation_is_shared_as_its_header_says() -> None:
+    from experiments.compose import load_experiment
+    from experiments.frame import EXPERIMENTS
+    from experiments.identity import weights_hash
+
+    small, seed = ["model=tiny_vit", "data=embedded_vision"], "data.calibration.seed=3"
+    header = (EXPERIMENTS / "ablation_samples.yaml").read_text("utf8").partition("defaults:")[0]
+    assert " ".join(small) in header and seed in header
+    for overrides, count in (([], 1), (small, 3), ([*small, seed], 1)):
+        _, runs = load_experiment("ablation_samples", overrides)
+        assert len({weights_hash(run.cell) for run in runs}) == count
+
+
 MISTAKES = [
     (["model=smollm2_135m"], "model: 'smollm2_135m' is a language model", "data=embedded_llm"),
     (["data=embedded_llm"], "model: 'tiny_vit' is a vision model", "data=imagenet"),
