@@ -6,15 +6,17 @@ import copy
 from typing import Any
 
 from timm.layers import GELU, GELUTanh, GluMlp, Mlp, PatchEmbed, QuickGELU
-from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
 from bc.errors import UserError
 from bc.sites import WHOLE, Region, alone
+from bc.vision.attention import NamedAttention, NamedWindowAttention
 from bc.vision.base import Site, Unit
 
 PRE_NORM = (Block, SwinTransformerBlock)
+ENDS_IN_LINEAR = (NamedAttention, NamedWindowAttention, Mlp, GluMlp, PatchMerging)
 GELUS = (nn.GELU, GELU, GELUTanh, QuickGELU)  # none is below −0.171
 
 
@@ -110,8 +112,28 @@ def block_unit(name: str, block: Any, stage: int | None = None) -> Unit:
         Site(f"{name}.mlp.fc1", mlp.fc1, "linear", "fc1", norm=norm2),
         Site(f"{name}.mlp.fc2", mlp.fc2, "linear", "fc2" if behind_gelu(mlp) else "mlp_out"),
     )
-    regions = {"attention": Region("attn", "attn"), "mlp": Region("mlp", "mlp"), "block": WHOLE}
+    regions = {
+        "attention": Region("attn", exit_of("attn", attention, "proj", "proj_drop")),
+        "mlp": Region("mlp", exit_of("mlp", mlp, "fc2", "drop2")),
+        "block": WHOLE,
+    }
     return Unit(name, block, "block", alone(sites), regions=regions, stage=stage)
+
+
+def exit_of(path: str, module: nn.Module, last: str, drop: str = "") -> str:
+    """Path of what returns a module's output: of its last Linear, whose own bias a bias folds into, if that is it.
+
+    Args:
+        path: Of the module, in its unit.
+        module: Of a class whose forward is known, or it is its own exit.
+        last: Name of the last Linear.
+        drop: Name of the dropout behind it, which has to do nothing.
+    """
+    behind = getattr(module, drop, None)
+    silent = behind is None or isinstance(behind, nn.Identity) or getattr(behind, "p", None) == 0
+    if type(module) not in ENDS_IN_LINEAR or not silent or not isinstance(getattr(module, last), nn.Linear):
+        return path
+    return f"{path}.{last}".lstrip(".")
 
 
 def behind_gelu(mlp: Any) -> bool:

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bc.sites import WHOLE, alone
+from bc.sites import Region, alone
 from bc.vision.base import Site, Source, Unit, VisionFamily
-from bc.vision.chain import Tail, View, block_unit, head_sites, layer_norm, stem_sites
+from bc.vision.chain import Tail, View, block_unit, exit_of, head_sites, layer_norm, stem_sites
 from bc.vision.vit import GREY, TINY
 
 
@@ -28,7 +28,8 @@ def chain(model: Any) -> list[Unit]:
         down, name = stage.downsample, f"layers.{i}.downsample"
         if not isinstance(down, nn.Identity):
             site = Site(f"{name}.reduction", down.reduction, "linear", "reduction", norm=layer_norm(down.norm))
-            units.append(Unit(name, down, "downsample", ((site,),), regions={"downsample": WHOLE}, stage=i))
+            regions = {"downsample": Region("", exit_of("", down, "reduction"))}
+            units.append(Unit(name, down, "downsample", ((site,),), regions=regions, stage=i))
         units += [block_unit(f"layers.{i}.blocks.{j}", block, i) for j, block in enumerate(stage.blocks)]
     return [*units, Unit("tail", Tail(model), "tail", alone(head_sites(model, ("head.fc",))))]
 

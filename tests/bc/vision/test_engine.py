@@ -113,7 +113,7 @@ def test_float_stream_meets_the_means_of_each_part_on_its_float_input(wrapped: C
     compensate(twin, quantized(model, images), Compensation(scope, "positional", **EXACT), images, ENGINE)
     names = [site.name for site in sites(model)] if "layer" in scope else []
     for unit in units(model):
-        names += [unit.region_name(s) for s in unit.regions if s in scope]
+        names += [f"{unit.name}.{unit.regions[s].entry}".rstrip(".") for s in unit.regions if s in scope]
     assert names
     if len(scope) > 1:  # a proj is fed to a part that has a bias too: only the largest part is unbiased for sure
         names = [unit.region_name("block") for unit in units(model) if "block" in unit.regions]
@@ -144,7 +144,7 @@ def test_stages_and_downsamples_of_swin(stream: str) -> None:
     report = compensate(twin, quantized(model, images), settings, images, ENGINE)
     stages = [name for name, _ in model.layers.named_children()]
     assert [s.site for s in report.sites if s.scope == "stage"] == [f"layers.{i}" for i in stages]
-    downs = [unit.name for unit in units(model) if unit.kind == "downsample"]
+    downs = [f"{unit.name}.reduction" for unit in units(model) if unit.kind == "downsample"]
     assert [s.site for s in report.sites if s.scope == "downsample"] == downs
     for name in [f"layers.{i}" for i in stages]:
         if stream == "float":

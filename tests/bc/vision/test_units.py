@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from timm import create_model
-from timm.layers import GluMlp
+from timm.layers import GluMlp, Mlp
 from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 
@@ -56,8 +56,8 @@ def test_blocks(wrapped: Case) -> None:
             last = "mlp_out" if isinstance(block.mlp, GluMlp) else "fc2"
             assert [site.role for site in unit.sites] == [*BLOCK[:-1], last]
             assert block is unit.module
-            assert unit.module.get_submodule(unit.regions["attention"].exit) is block.attn
-            assert unit.module.get_submodule(unit.regions["mlp"].exit) is block.mlp
+            assert unit.module.get_submodule(unit.regions["attention"].exit) is block.attn.proj
+            assert unit.module.get_submodule(unit.regions["mlp"].exit) is block.mlp.fc2
             norms = {site.role: site.norm for site in unit.sites}
             behind = isinstance(block, ResPostBlock)  # its norms are behind attention and MLP, not before
             assert norms["qkv"] is (None if behind else block.norm1)
@@ -83,6 +83,22 @@ def test_blocks(wrapped: Case) -> None:
 def test_fc2_is_behind_a_gelu_alone(options: dict[str, Any], role: str) -> None:
     model = create_model("vit_tiny_patch16_224", **VIT, **options)
     assert [unit.sites[-1].role for unit in units(wrap(model))[1:-1]] == [role] * 2
+
+
+def test_a_part_ends_in_its_last_linear_only_where_that_is_its_output() -> None:
+    class Scaled(Mlp):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    for options, exits in (
+        ({}, ("attn.proj", "mlp.fc2")),
+        ({"scale_attn_norm": True, "scale_mlp_norm": True}, ("attn.proj", "mlp.fc2")),  # norms before the last Linear
+        ({"proj_drop_rate": 0.1}, ("attn", "mlp")),
+        ({"mlp_layer": Scaled}, ("attn.proj", "mlp")),
+    ):
+        model = create_model("vit_tiny_patch16_224", **VIT, **options)
+        block = units(wrap(model))[1]
+        assert (block.regions["attention"].exit, block.regions["mlp"].exit) == exits
 
 
 def test_kinds_and_stages_of_swin() -> None:
