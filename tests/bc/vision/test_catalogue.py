@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,6 +83,23 @@ def test_crops_are_shared_by_models_of_one_size() -> None:
         stub = SimpleNamespace(pretrained_cfg=timm.get_pretrained_cfg(catalogue()[name].timm).to_dict())
         names.setdefault(Preprocessing.of(stub).crop_name, []).append(name)  # type: ignore[arg-type]
     assert sorted(map(len, names.values())) == [3, 7]
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        ({"crop_pct": 0.875}, False),
+        ({"crop_pct": 0.95}, False),
+        ({"interpolation": "bilinear"}, False),
+        ({"size": (224, 256)}, False),
+        ({"channels": 1}, False),
+        ({"crop_mode": "squash"}, False),
+        ({"mean": IMAGENET[0], "std": IMAGENET[1]}, True),  # what comes behind the crop
+    ],
+)
+def test_whatever_changes_a_crop_is_in_its_name(other: dict[str, Any], same: bool) -> None:
+    usual = Preprocessing(3, (224, 224), 0.9, "bicubic", *INCEPTION)
+    assert (replace(usual, **other).crop_name == usual.crop_name) == same
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pth"])
