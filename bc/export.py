@@ -15,7 +15,9 @@ from bc.errors import UserError
 from bc.grid import QuantizedWeight, group_index
 from bc.linear_map import LinearMap
 from bc.models import family_of, submodule
+from bc.quantizers.awq import ScaledWeight
 from bc.quantizers.base import SiteResult
+from bc.scaling import folded_copy
 from bc.storage import share
 
 BIAS_SWITCHES = {"llama": (("self_attn.", "attention_bias"), ("mlp.", "mlp_bias"))}
@@ -25,10 +27,12 @@ def export_compressed_tensors(model: nn.Module, folder: Path, tokenizer: Any = N
     """Write a quantized model as compressed-tensors, which plain ``transformers`` loads without any code of ours.
 
     Only what the format holds without loss is exported: symmetric weights on rows or equal groups, and channel biases
-    that were folded into the modules' own.
+    that were folded into the modules' own. AWQ's scales of input channels go into the norm or Linear before, as
+    :mod:`bc.scaling` says, where they can.
 
     Args:
-        model: A model that :func:`bc.quantize` has changed, with ``bc`` off or ``channel`` at layer scope.
+        model: A model that :func:`bc.quantize` has changed, with ``bc`` off or ``channel`` at layer scope. It stays as
+            it is.
         folder: Where to; made if need be.
         tokenizer: The model's tokenizer, to be saved beside it.
 
@@ -45,6 +49,10 @@ def export_compressed_tensors(model: nn.Module, folder: Path, tokenizer: Any = N
     if not isinstance(weights, dict):
         raise UserError("model: it is not quantized; call bc.quantize first")
     _check_biases(model)
+    if any(isinstance(result.weight, ScaledWeight) for result in weights.values()):
+        _check_zero_points(weights)  # before the copy, which takes the memory of a model
+        model = folded_copy(model)
+        weights = model.__dict__["_quantized"]
     scheme = _scheme(weights)
     tensors = {k: v for k, v in model.state_dict().items() if k.removesuffix(".weight") not in weights}
     for name, result in weights.items():
@@ -81,20 +89,31 @@ def _check_biases(model: nn.Module) -> None:
         )
 
 
+def _check_zero_points(weights: dict[str, SiteResult]) -> None:
+    """Refuse them: compressed-tensors 0.20 makes room for unpacked ones only, so loading would fail."""
+    for name, result in weights.items():
+        if not getattr(result.weight, "symmetric", True):
+            raise UserError(
+                f"export: {name} has zero points, which plain transformers does not load from packed weights; "
+                "quantize with symmetric=true, or keep this model with bc.save"
+            )
+
+
 def _scheme(weights: dict[str, SiteResult]) -> dict[str, Any]:
     """The one scheme that all the weights share, in the format's terms."""
+    _check_zero_points(weights)
     schemes = set()
     for name, result in weights.items():
         weight = result.weight
+        if isinstance(weight, ScaledWeight):
+            raise UserError(
+                f"export: the AWQ scales of {name} do not fold into a norm or Linear before it in this model, and the "
+                "format has no place for them; export RTN or GPTQ weights, or keep this model with bc.save"
+            )
         if type(weight) is not QuantizedWeight:
             raise UserError(
                 f"export: {name} is a {type(weight).__name__}, which the format cannot hold; "
                 "export RTN or GPTQ weights, or keep this model with bc.save"
-            )
-        if not weight.symmetric:  # compressed-tensors 0.20 makes room for unpacked ones only, so loading would fail
-            raise UserError(
-                f"export: {name} has zero points, which plain transformers does not load from packed weights; "
-                "quantize with symmetric=true, or keep this model with bc.save"
             )
         columns, groups = weight.codes.shape[1], weight.scale.shape[1]
         size = columns // groups

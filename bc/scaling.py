@@ -12,6 +12,7 @@ the same values (grouped-query attention), and across GELU (BLOOM's MLP).
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -113,6 +114,27 @@ def fold_scales(model: nn.Module, results: dict[str, SiteResult]) -> dict[str, S
                 divided = replace(found, scale=_divided(found.scale, rows, scale.to(found.scale.device)))
                 results[name] = SiteResult(divided, notes=results[name].notes)
     return results
+
+
+def folded_copy(model: nn.Module) -> nn.Module:
+    """A copy of a quantized model whose AWQ scales lie in the modules before, as far as the model allows it.
+
+    Biases were fitted to outputs of sites, and every output that the copy changes is divided with its bias and
+    multiplied back by the Linear that reads it, so the copy keeps the model's function.
+
+    Args:
+        model: A language model that :func:`bc.quantize` has changed, whose biases are in the modules' own.
+
+    Returns:
+        The copy; the model stays as it is.
+    """
+    twin = copy.deepcopy(model)
+    twin.__dict__["_quantized"] = fold_scales(twin, model.__dict__["_quantized"])
+    for name, result in twin.__dict__["_quantized"].items():
+        module = find(twin, name)
+        assert isinstance(module, nn.Linear)
+        module.weight.data = result.weight.dequantize().to(module.weight)
+    return twin
 
 
 def _config(model: nn.Module) -> Any:
