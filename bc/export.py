@@ -18,7 +18,7 @@ from bc.models import family_of, submodule
 from bc.quantizers.awq import ScaledWeight
 from bc.quantizers.base import SiteResult
 from bc.scaling import folded_copy
-from bc.storage import share
+from bc.storage import errors_of_the_system, share
 
 BIAS_SWITCHES = {"llama": (("self_attn.", "attention_bias"), ("mlp.", "mlp_bias"))}
 
@@ -33,7 +33,8 @@ def export_compressed_tensors(model: nn.Module, folder: Path, tokenizer: Any = N
     Args:
         model: A model that :func:`bc.quantize` has changed, with ``bc`` off or ``channel`` at layer scope. It stays as
             it is.
-        folder: Where to; made if need be.
+        folder: Where to; made if need be. It gets ``config.json``, ``model.safetensors``, the settings of generation
+            and the tokenizer's files.
         tokenizer: The model's tokenizer, to be saved beside it.
 
     Returns:
@@ -41,10 +42,16 @@ def export_compressed_tensors(model: nn.Module, folder: Path, tokenizer: Any = N
 
     Raises:
         UserError: The model is not quantized, or holds something that the format cannot; the message says what can be
-            exported instead.
+            exported instead. Or the package compressed-tensors is not installed.
+        OSError: The folder cannot be written.
     """
-    from compressed_tensors.compressors import pack_to_int32
-
+    try:
+        from compressed_tensors.compressors import pack_to_int32
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"export: the package {error.name} is not installed; install the extra of that name: "
+            "pip install 'bias-compensation[export]'"
+        ) from error
     weights = model.__dict__.get("_quantized")
     if not isinstance(weights, dict):
         raise UserError("model: it is not quantized; call bc.quantize first")
@@ -64,12 +71,18 @@ def export_compressed_tensors(model: nn.Module, folder: Path, tokenizer: Any = N
     config = _config(model, scheme, tensors)
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        with errors_of_the_system(folder):
+            tokenizer.save_pretrained(folder)
     if config.tie_word_embeddings:
         tensors.pop(f"{family_of(model).head}.weight", None)
     path = folder / "model.safetensors"
-    save_file({k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}, path, {"format": "pt"})
+    tensors = {k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    with errors_of_the_system(path):
+        save_file(tensors, path, {"format": "pt"})
     share(path)
     return path
 

@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -170,7 +172,8 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
     try:
         temporary = folder / path.name
-        _save(tensors, temporary, {**metadata, "content": content_hash(tensors, metadata)})
+        with errors_of_the_system(temporary):
+            save_file(tensors, str(temporary), {**metadata, "content": content_hash(tensors, metadata)})
         share(temporary)
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
@@ -179,11 +182,14 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Save, with an error of the system (a full disk, say) raised as one."""
+@contextmanager
+def errors_of_the_system(path: Path) -> Iterator[None]:
+    """Raise a library's own error that stands for one of the system (a full disk, say) as an OSError of the path."""
     try:
-        save_file(tensors, str(path), metadata)
-    except SafetensorError as error:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # tokenizers raises nothing more special
         if found := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
         raise

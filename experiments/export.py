@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from bc.checkpoint import open_model
 from bc.errors import UserError
 from bc.export import export_compressed_tensors
 from experiments.arguments import command
+from experiments.disk import one_line_disk_errors
 
 
 @dataclass(frozen=True)
@@ -25,26 +29,53 @@ class ExportConfig:
     checkpoint: str
     folder: str
 
+    def __post_init__(self) -> None:
+        if not self.folder:
+            raise UserError("folder: is empty; name a new folder")
+
+
+@contextmanager
+def made_whole(folder: Path) -> Iterator[Path]:
+    """A new folder beside, which takes the folder's name in the end, or is removed after an error.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
+    try:
+        with one_line_disk_errors("folder", folder.parent):
+            temporary.mkdir(parents=True)
+            yield temporary
+            temporary.rename(folder)
+    except OSError as error:  # the kernel's own file systems say that there is no such file
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"folder: {str(folder)!r} cannot be made ({reason}); name another folder") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
 
 def export(config: ExportConfig) -> str:
     """Write a checkpoint as compressed-tensors; returns where it is.
 
     Raises:
-        UserError: The folder is taken, or the checkpoint holds something that the format cannot.
+        UserError: The folder is taken or cannot be written, or the checkpoint holds something that the format cannot.
         DamagedFileError: The checkpoint is damaged.
     """
     from transformers import AutoTokenizer
 
     folder = Path(config.folder).expanduser()
-    if folder.exists():
+    with one_line_disk_errors("folder", folder):
+        taken = folder.exists()
+    if taken:
         raise UserError(f"folder: {config.folder!r} exists already; name a new one")
     model = open_model(Path(config.checkpoint))
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.checkpoint, trust_remote_code=False)
     except (OSError, ValueError):
         tokenizer = None  # a checkpoint without one is exported without one
-    path = export_compressed_tensors(model, folder, tokenizer)
-    return f"{path.parent}: load it with AutoModelForCausalLM.from_pretrained (needs the compressed-tensors package)"
+    with made_whole(folder) as temporary:
+        export_compressed_tensors(model, temporary, tokenizer)
+    return f"{folder}: load it with AutoModelForCausalLM.from_pretrained (needs the compressed-tensors package)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import struct
 from dataclasses import dataclass
@@ -114,6 +115,15 @@ def test_a_failure_while_writing_keeps_the_old_file(tmp_path, monkeypatch):
         save_weights(path, results, {"version": "new"})
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["weights.safetensors"]
+
+
+def test_errors_of_the_system_are_told_from_those_of_a_library(tmp_path):
+    """Rust's libraries give the number in their text alone."""
+    with pytest.raises(OSError, match="No space left") as told, storage.errors_of_the_system(tmp_path):
+        raise Exception("No space left on device (os error 28)")
+    assert told.value.errno == errno.ENOSPC and told.value.filename == str(tmp_path)
+    with pytest.raises(ValueError, match="malformed"), storage.errors_of_the_system(tmp_path):
+        raise ValueError("malformed")
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -90,6 +91,25 @@ def test_scales_of_awq_that_do_not_fold_are_refused(name, site, token_ids, tmp_p
     with pytest.raises(bc.UserError, match=rf"the AWQ scales of \S*{site} do not fold .*; export RTN or GPTQ"):
         export_compressed_tensors(model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_how_a_model_generates_is_exported(token_ids, tmp_path):
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = [2, 5], 7
+    bc.quantize(model, "rtn", "w4", "off", calibration=token_ids, symmetric=True)
+    export_compressed_tensors(model, tmp_path)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path).generation_config
+    assert (found.eos_token_id, found.pad_token_id) == ([2, 5], 7)
+
+
+def test_without_the_package_the_extra_is_named(token_ids, tmp_path, monkeypatch):
+    model = tiny_model("llama")
+    bc.quantize(model, "rtn", "w4", "off", calibration=token_ids, symmetric=True)
+    for name in [n for n in sys.modules if n.partition(".")[0] == "compressed_tensors"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)
+    with pytest.raises(bc.UserError, match=r"compressed_tensors\S* is not installed; .*bias-compensation\[export\]"):
+        export_compressed_tensors(model, tmp_path)
 
 
 def test_a_float_model_is_refused(tmp_path):

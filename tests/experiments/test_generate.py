@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shlex
@@ -15,7 +16,7 @@ from experiments.cell import checkpoint_folder
 from experiments.compose import compose_run, hydra_ready
 from experiments.generate import check_length, main
 from tests.conftest import tiny_model
-from tests.experiments.conftest import Workspace
+from tests.experiments.conftest import Workspace, assert_one_line
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -94,6 +95,59 @@ def test_what_cannot_be_exported_is_one_line(
     assert export.main([f"checkpoint={folder}", f"folder={tmp_path / 'out'}"]) == 2
     assert "bc=channel" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def exportable(workspace: Workspace) -> Path:
+    """A checkpoint that the format can hold."""
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed (extra 'export')")
+    settings = ("quantizer=rtn", "bits=w4", "bc=off", "quantizer.symmetric=true", "save_model=true")
+    assert workspace.run(*settings) == 0
+    (folder,) = (workspace.results / "checkpoints").iterdir()
+    return folder
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(
+    exportable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for folder, said in (
+        ("", "folder: is empty; name a new folder"),
+        ("/proc/no", "folder: '/proc/no' cannot be made"),
+        (tmp_path / "file" / "out", "is in the way"),
+    ):
+        capsys.readouterr()
+        assert export.main([f"checkpoint={exportable}", f"folder={folder}"]) == 2
+        assert_one_line(capsys, said)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "folder: no space left on the disk"),
+        (OSError(errno.EFBIG, "File too large"), "cannot be made (file too large)"),
+    ],
+)
+def test_an_export_that_fails_leaves_nothing_in_the_way_of_the_next(
+    error: OSError,
+    said: str,
+    exportable: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fails(*arguments: object, **more: object) -> None:
+        raise error
+
+    arguments = [f"checkpoint={exportable}", f"folder={tmp_path / 'new' / 'out'}"]
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr("bc.export.save_file", fails)
+        assert export.main(arguments) == 2
+    assert_one_line(capsys, said)
+    assert not list((tmp_path / "new").iterdir())
+    assert export.main(arguments) == 0
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
 
 
 def readme_commands() -> dict[str, list[str]]:
