@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,25 @@ from bc.positions import PositionContext
 from bc.quantizers.base import SiteResult
 from bc.regularise import LowRank
 from bc.statistics import PositionSums
-from bc.storage import DamagedFileError, pack, read, restore_result, store_result, unpack, write
+from bc.storage import (
+    DamagedFileError,
+    errors_of_the_system,
+    pack,
+    read,
+    restore_result,
+    store_result,
+    unpack,
+    write,
+)
 
 __all__ = [
     "DamagedFileError",
+    "check_model",
     "load_means",
     "load_weights",
     "open_model",
     "pack",
+    "provenance_of",
     "save_means",
     "save_model",
     "save_weights",
@@ -115,9 +127,10 @@ def save_model(model: nn.Module, folder: Path, tokenizer: Any = None, provenance
 
     Args:
         model: A model that :func:`bc.quantize` or :func:`bc.pipeline.compensate` has changed.
-        folder: Where to; made if need be. It gets ``config.json``, ``quantized.safetensors`` and the tokenizer's files.
+        folder: Where to; made if need be. It gets ``config.json``, ``quantized.safetensors``, the settings of
+            generation and the tokenizer's files.
         tokenizer: The model's tokenizer, to be saved beside it.
-        provenance: Facts to keep in the file's header.
+        provenance: Facts to keep in the file's header; by default those of the checkpoint that the model comes from.
 
     Returns:
         The weights' file.
@@ -132,6 +145,7 @@ def save_model(model: nn.Module, folder: Path, tokenizer: Any = None, provenance
         raise UserError(NO_LINEAR_MAPS)
     if is_vision(model):
         raise UserError("checkpoint: a vision model's cannot be saved; give a language model")
+    folder = Path(folder).expanduser()
     config: Any = model.config
     tensors: dict[str, Tensor] = {}
     sites = _store_all(weights, tensors)
@@ -151,20 +165,35 @@ def save_model(model: nn.Module, folder: Path, tokenizer: Any = None, provenance
         "folded": json.dumps([name for name, child in biases.items() if child.folded]),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "attention": config._attn_implementation,  # equal outputs, bit by bit, need the same one
-        "provenance": json.dumps(provenance or {}),
+        "provenance": json.dumps(provenance_of(model) if provenance is None else provenance),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    if getattr(config, "dtype", None) is None:  # as in every model that was read from a file
-        config.dtype = next(model.parameters()).dtype
-    config.save_pretrained(folder)
-    header[CONFIG] = hashlib.sha256((folder / CONFIG).read_bytes()).hexdigest()
-    generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        generation.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    hashes = _save_beside(model, folder, tokenizer)
+    header |= {CONFIG: hashes.pop(CONFIG), "files": json.dumps(hashes, sort_keys=True)}
     write(folder / MODEL_FILE, tensors, header)
     return folder / MODEL_FILE
+
+
+def _save_beside(model: nn.Module, folder: Path, tokenizer: Any) -> dict[str, str]:
+    """Write what lies beside the weights; returns the SHA-256 of each file by its path in the folder."""
+    config: Any = model.config
+    generation: Any = getattr(model, "generation_config", None)
+    if getattr(config, "dtype", None) is None:  # as in every model that was read from a file
+        config.dtype = next(model.parameters()).dtype
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".beside-") as name:  # what is there is what was written
+        fresh, hashes = Path(name), {}
+        config.save_pretrained(fresh)
+        if generation is not None:
+            generation.save_pretrained(fresh)
+        if tokenizer is not None:
+            with errors_of_the_system(folder):
+                tokenizer.save_pretrained(fresh)
+        for path in sorted(path for path in fresh.rglob("*") if path.is_file()):
+            inner = path.relative_to(fresh)
+            hashes[inner.as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+            (folder / inner).parent.mkdir(exist_ok=True)
+            path.replace(folder / inner)
+    return hashes
 
 
 def open_model(folder: Path) -> nn.Module:
@@ -175,15 +204,11 @@ def open_model(folder: Path) -> nn.Module:
 
     Raises:
         UserError: The folder holds no such model.
-        DamagedFileError: The file, or the config.json beside it, is truncated or altered.
+        DamagedFileError: The file, or one that was saved beside it, is missing, truncated or altered.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    path = Path(folder).expanduser() / MODEL_FILE
-    if not path.is_file():
-        raise UserError(f"checkpoint: no {MODEL_FILE} in {str(folder)!r}; give a folder written by bc.save")
-    tensors, header = read(path, MODEL_FORMAT)
-    _check_config(path.with_name(CONFIG), header.get(CONFIG))
+    path, tensors, header = _read_whole(folder)
     config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
     options: dict[str, Any] = {"dtype": getattr(torch, header["dtype"]), "attn_implementation": header["attention"]}
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
@@ -198,16 +223,45 @@ def open_model(folder: Path) -> nn.Module:
         _fill(model, tensors, json.loads(header["sites"]), json.loads(header["compensation"]), folded)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DamagedFileError(f"{path}: the file does not fit its config.json ({error})") from error
+    model.__dict__["_provenance"] = json.loads(header.get("provenance", "{}"))
     return model.eval().requires_grad_(False)
 
 
-def _check_config(path: Path, expected: str | None) -> None:
-    """Refuse a config.json that is not the saved one; earlier files do not know its hash."""
+def provenance_of(model: nn.Module) -> dict[str, Any]:
+    """What the checkpoint that a model was opened from says of how it was made; empty where it says nothing."""
+    return dict(model.__dict__.get("_provenance", {}))
+
+
+def check_model(folder: Path) -> None:
+    """Refuse a folder that :func:`open_model` would; all is read and nothing is built.
+
+    Raises:
+        UserError: The folder holds no model.
+        DamagedFileError: A file is missing, truncated or altered.
+    """
+    _read_whole(folder)
+
+
+def _read_whole(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
+    """The weights' file, what it holds and its header, with what lies beside it checked."""
+    path = Path(folder).expanduser() / MODEL_FILE
+    if not path.is_file():
+        raise UserError(f"checkpoint: no {MODEL_FILE} in {str(folder)!r}; give a folder written by bc.save")
+    tensors, header = read(path, MODEL_FORMAT)
+    _check_beside(path.with_name(CONFIG), header.get(CONFIG))  # earlier files do not know its hash, nor the others'
+    for name, expected in json.loads(header.get("files", "{}")).items():
+        _check_beside(path.parent / name, expected)
+    return path, tensors, header
+
+
+def _check_beside(path: Path, expected: str | None) -> None:
+    """Refuse a file that is not the saved one."""
     if not path.is_file():
         raise DamagedFileError(f"{path}: is missing; put back the one that was saved with {MODEL_FILE}")
     content = path.read_bytes()
     try:
-        json.loads(content)
+        if path.suffix == ".json":
+            json.loads(content)
     except ValueError as error:
         raise DamagedFileError(f"{path}: cannot be read ({error}); put back the one that was saved") from error
     found = hashlib.sha256(content).hexdigest()

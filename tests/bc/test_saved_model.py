@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import bc
-from bc.checkpoint import MODEL_FILE, MODEL_FORMAT, DamagedFileError
+from bc.checkpoint import MODEL_FILE, MODEL_FORMAT, DamagedFileError, provenance_of, save_model
 from bc.compensation import BiasCompensation
 from bc.settings import Compensation
-from bc.storage import read
+from bc.storage import read, write
 from tests.bc.vision.conftest import make
 from tests.conftest import MAKERS, tiny_model
+from tests.experiments.conftest import make_tokenizer
 
 SETTINGS = [
     ("rtn", "w4", "off"),
@@ -119,12 +120,21 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
         ("config.json", lambda text: "{", "config.json: cannot be read"),
         ("config.json", None, "config.json: is missing"),
         ("generation_config.json", lambda text: "{", "generation_config.json: cannot be read"),
+        ("generation_config.json", lambda text: text.replace("{", "{ "), "generation_config.json: its SHA-256 is"),
+        ("generation_config.json", None, "generation_config.json: is missing"),
+        ("tokenizer.json", lambda text: text.replace('"a": 4', '"a": 5'), "tokenizer.json: its SHA-256 is"),
+        ("tokenizer_config.json", lambda text: text + " ", "tokenizer_config.json: its SHA-256 is"),
+        ("tokenizer_config.json", None, "tokenizer_config.json: is missing"),
+        ("chat_template.jinja", lambda text: "another", "chat_template.jinja: its SHA-256 is"),
     ],
 )
 def test_what_lies_beside_the_weights_is_checked_too(file, content, message, token_ids, tmp_path):
     model = tiny_model("llama")
     bc.quantize(model, "rtn", "w4", "sink", token_ids, device="cpu")
-    bc.save(model, tmp_path)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ messages }}"
+    bc.save(model, tmp_path, tokenizer)
+    bc.open(tmp_path)
     path = tmp_path / file
     text = path.read_text(encoding="utf8")
     if content is None:
@@ -134,6 +144,38 @@ def test_what_lies_beside_the_weights_is_checked_too(file, content, message, tok
         assert path.read_text(encoding="utf8") != text
     with pytest.raises(DamagedFileError, match=message):
         bc.open(tmp_path)
+
+
+def test_a_model_of_before_the_files_beside_it_were_hashed_opens(token_ids, tmp_path):
+    model = tiny_model("llama")
+    bc.quantize(model, "rtn", "w4", "sink", token_ids, device="cpu")
+    path = bc.save(model, tmp_path, make_tokenizer())
+    tensors, header = read(path, MODEL_FORMAT)
+    for later in ("files", "config.json"):
+        del header[later]
+    write(path, tensors, header)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert torch.equal(bc.open(tmp_path)(input_ids=token_ids).logits, model(input_ids=token_ids).logits)
+
+
+def test_nothing_but_the_model_is_left_in_the_folder(token_ids, tmp_path, monkeypatch):
+    """Which may be the user's home, in short."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = tiny_model("llama")
+    bc.quantize(model, "rtn", "w4", "sink", token_ids, device="cpu")
+    assert bc.save(model, "~/saved", make_tokenizer()).parent == tmp_path / "saved"
+    names = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert names == {"config.json", "generation_config.json", MODEL_FILE, "tokenizer.json", "tokenizer_config.json"}
+    assert torch.equal(bc.open("~/saved")(input_ids=token_ids).logits, model(input_ids=token_ids).logits)
+
+
+def test_where_a_model_comes_from_is_kept_when_it_is_saved_again(token_ids, tmp_path):
+    model = tiny_model("llama")
+    bc.quantize(model, "rtn", "w4", "sink", token_ids, device="cpu")
+    save_model(model, tmp_path / "a", provenance={"commit": "c0ffee"})
+    bc.save(bc.open(tmp_path / "a"), tmp_path / "b")
+    assert provenance_of(bc.open(tmp_path / "b")) == {"commit": "c0ffee"}
+    assert provenance_of(model) == {}
 
 
 @pytest.mark.parametrize("harm", ["truncated", "altered"])
