@@ -258,11 +258,11 @@ def _check_beside(path: Path, expected: str | None) -> None:
     """Refuse a file that is not the saved one."""
     if not path.is_file():
         raise DamagedFileError(f"{path}: is missing; put back the one that was saved with {MODEL_FILE}")
-    content = path.read_bytes()
     try:
+        content = path.read_bytes()
         if path.suffix == ".json":
             json.loads(content)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise DamagedFileError(f"{path}: cannot be read ({error}); put back the one that was saved") from error
     found = hashlib.sha256(content).hexdigest()
     if expected is not None and found != expected:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bc import chains, models, pipeline, quantizers
 from bc import device as devices
-from bc.checkpoint import MODEL_FILE, save_model
+from bc.checkpoint import save_model
 from bc.choice import choose
 from bc.errors import UserError
 from bc.quantizers.base import Quantizer, SiteResult
@@ -24,6 +24,7 @@ from bc.settings import Compensation
 from bc.statistics import PositionSums
 from experiments.artefacts import Shared, calibration_statistics, float_statistics, quantized_weights
 from experiments.attempts import with_smaller_batches
+from experiments.checkpoints import lacks, set_damaged_aside
 from experiments.config import BATCH, CellConfig, RunConfig
 from experiments.data import ImageData
 from experiments.float_first import say_unchecked
@@ -57,7 +58,7 @@ def run_cell(run: RunConfig) -> Outcome:
     """Run a cell unless it is complete or another process is at it; failures are recorded, not raised."""
     name = slug(run.cell)
     store = CellStore(run.results, name, cell_hash(run.cell))
-    keep = run.save_model and not run.cell.is_float and not (checkpoint_folder(run) / MODEL_FILE).is_file()
+    keep = run.save_model and not run.cell.is_float and lacks(checkpoint_folder(run))
     if (done := store.result()) and not keep:
         return Outcome("skipped", name, f"{name}: complete already, {metrics_line(done)}")
     with store.lock() as free:
@@ -101,6 +102,7 @@ def _run_locked(run: RunConfig, store: CellStore) -> Outcome:
 def _keep_locked(run: RunConfig, store: CellStore) -> Outcome | None:
     """Make the checkpoint of a complete cell, whose result and status stay; says what went wrong, if anything did."""
     try:
+        set_damaged_aside(checkpoint_folder(run))
         with_smaller_batches(run, keep_checkpoint)
     except Exception as error:
         log.debug("%s: its checkpoint", store.slug, exc_info=error)
@@ -266,9 +268,13 @@ def checkpoint_folder(run: RunConfig) -> Path:
 
 
 def write_checkpoint(run: RunConfig, model: Any) -> None:
-    """Keep a quantized model with its tokenizer."""
-    tokenizer = models.load_tokenizer(run.cell.model.name, path=run.cell.model.path)
-    path = save_model(model, checkpoint_folder(run), tokenizer, {"config": scientific(run.cell)})
+    """Keep a quantized model with its tokenizer, and how it came to be."""
+    cell = run.cell
+    tokenizer = models.load_tokenizer(cell.model.name, path=cell.model.path)
+    facts = provenance(devices.resolve(run.engine.device), {}, seeds(cell), run.experiment)
+    del facts["seconds"]  # they stand in the cell's result, which is not there yet
+    facts |= {"config": scientific(cell), "cell": cell_hash(cell)}
+    path = save_model(model, checkpoint_folder(run), tokenizer, facts)
     log.info("  checkpoint: %s", path.parent)
 
 

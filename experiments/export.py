@@ -9,11 +9,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from bc.checkpoint import open_model
+from bc.checkpoint import provenance_of
 from bc.errors import UserError
 from bc.export import export_compressed_tensors
 from experiments.arguments import command
+from experiments.checkpoints import open_checkpoint
 from experiments.disk import one_line_disk_errors
 
 
@@ -59,23 +61,25 @@ def export(config: ExportConfig) -> str:
 
     Raises:
         UserError: The folder is taken or cannot be written, or the checkpoint holds something that the format cannot.
+            Or its tokenizer is damaged.
         DamagedFileError: The checkpoint is damaged.
     """
-    from transformers import AutoTokenizer
-
     folder = Path(config.folder).expanduser()
     with one_line_disk_errors("folder", folder):
         taken = folder.exists()
     if taken:
         raise UserError(f"folder: {config.folder!r} exists already; name a new one")
-    model = open_model(Path(config.checkpoint))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.checkpoint, trust_remote_code=False)
-    except (OSError, ValueError):
-        tokenizer = None  # a checkpoint without one is exported without one
+    model, tokenizer = open_checkpoint(config.checkpoint)
     with made_whole(folder) as temporary:
         export_compressed_tensors(model, temporary, tokenizer)
-    return f"{folder}: load it with AutoModelForCausalLM.from_pretrained (needs the compressed-tensors package)"
+    line = f"{folder}: load it with AutoModelForCausalLM.from_pretrained (needs the compressed-tensors package)"
+    return "\n".join([line, *origin(provenance_of(model))])
+
+
+def origin(facts: dict[str, Any]) -> Iterator[str]:
+    """What a checkpoint says of the cell that it is of; nothing where ``bc.save`` wrote it."""
+    if "cell" in facts:
+        yield f"made from cell {facts['cell'][:8]}, commit {facts['commit']}, on {facts['device']}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,16 +6,15 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from bc import device as devices
-from bc.checkpoint import open_model
 from bc.errors import UserError
 from experiments.arguments import command
+from experiments.checkpoints import open_checkpoint
 from experiments.config import LARGEST_SEED
 
 
@@ -58,11 +57,16 @@ def check_length(model: Any, prompt: int, tokens: int) -> None:
     """
     tables = [name for name, part in model.named_modules() if isinstance(part, nn.Embedding) and "position" in name]
     longest = getattr(model.config, "max_position_embeddings", None)
-    if tables and longest is not None and prompt + tokens > longest:
+    if not tables or longest is None or prompt + tokens <= longest:
+        return
+    if prompt >= longest:
         raise UserError(
-            f"tokens: {tokens} after the prompt's {prompt} are more than the model's {longest} positions; "
-            f"set tokens={max(longest - prompt, 0)} or less, or give a shorter prompt"
+            f"prompt: its {prompt} tokens leave none of the model's {longest} positions; give a shorter one"
         )
+    raise UserError(
+        f"tokens: {tokens} after the prompt's {prompt} are more than the model's {longest} positions; "
+        f"set tokens={longest - prompt} or less, or give a shorter prompt"
+    )
 
 
 @torch.no_grad()
@@ -70,20 +74,21 @@ def generate(config: GenerateConfig) -> str:
     """The prompt and what the model made of it.
 
     Raises:
-        UserError: The folder holds no checkpoint or no tokenizer, or the text would exceed the model's positions.
+        UserError: The folder holds no checkpoint or no tokenizer, or the tokenizer is damaged. Or the prompt gives no
+            tokens, or the text would exceed the model's positions.
         DamagedFileError: The checkpoint is damaged.
     """
-    from transformers import AutoTokenizer
-
     device = devices.resolve(config.device)
-    model: Any = open_model(Path(config.checkpoint)).to(device)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.checkpoint, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    model: Any
+    model, tokenizer = open_checkpoint(config.checkpoint)
+    if tokenizer is None:
         raise UserError(
             f"checkpoint: no tokenizer in {config.checkpoint!r}; save it with bc.save(model, folder, tokenizer)"
-        ) from error
+        )
+    model.to(device)
     inputs = tokenizer(config.prompt, return_tensors="pt").to(device)
+    if not inputs["input_ids"].numel():
+        raise UserError(f"prompt: {config.prompt!r} gives this tokenizer no tokens; give another text")
     check_length(model, inputs["input_ids"].shape[1], config.tokens)
     torch.manual_seed(config.seed)
     how: dict[str, Any] = {"do_sample": False}

@@ -9,21 +9,24 @@ import shlex
 from pathlib import Path
 
 import pytest
+from tokenizers import normalizers
 
+import bc
+from bc.checkpoint import open_model, provenance_of
 from bc.errors import UserError
 from experiments import export
 from experiments.cell import checkpoint_folder
 from experiments.compose import compose_run, hydra_ready
 from experiments.generate import check_length, main
 from tests.conftest import tiny_model
-from tests.experiments.conftest import Workspace, assert_one_line
+from tests.experiments.conftest import Workspace, assert_one_line, make_tokenizer
 
 README = Path(__file__).parents[2] / "README.md"
 
 
-@pytest.mark.parametrize("bc", ["off", "channel", "sink", "positional", "paper"])
-def test_a_kept_checkpoint_generates(bc: str, workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
-    assert workspace.run("quantizer=rtn", "bits=w4", f"bc={bc}", "save_model=true") == 0
+@pytest.mark.parametrize("preset", ["off", "channel", "sink", "positional", "paper"])
+def test_a_kept_checkpoint_generates(preset: str, workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert workspace.run("quantizer=rtn", "bits=w4", f"bc={preset}", "save_model=true") == 0
     (folder,) = (workspace.results / "checkpoints").iterdir()
     capsys.readouterr()
     assert main([f"checkpoint={folder}", "prompt=ab = cd", "tokens=5"]) == 0
@@ -64,12 +67,95 @@ def test_mistakes_are_one_line(arguments: list[str], line: str, capsys: pytest.C
     assert line in error and error.count("\n") == 1
 
 
-def test_a_damaged_checkpoint_is_one_line(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
-    assert workspace.run("quantizer=rtn", "bits=w4", "bc=sink", "save_model=true") == 0
-    path = next(Path(workspace.results / "checkpoints").rglob("quantized.safetensors"))
-    path.write_bytes(path.read_bytes()[:-3])
-    assert main([f"checkpoint={path.parent}", "prompt=ab"]) == 2
-    assert "quantized.safetensors" in capsys.readouterr().err
+@pytest.mark.parametrize("file", ["quantized.safetensors", "tokenizer.json"])
+def test_a_damaged_checkpoint_is_one_line_and_its_command_makes_it_again(
+    file: str, workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("quantizer=rtn", "bits=w4", "bc=sink", "save_model=true")
+    assert workspace.run(*settings) == 0
+    (folder,) = (workspace.results / "checkpoints").iterdir()
+    path, whole = folder / file, (folder / file).read_bytes()
+    path.write_bytes(whole[:-3])
+    capsys.readouterr()
+    assert main([f"checkpoint={folder}", "prompt=ab"]) == 2
+    assert_one_line(capsys, file, "run its command once more with save_model=true")
+    assert workspace.run(*settings) == 0
+    assert main([f"checkpoint={folder}", "prompt=ab"]) == 0
+    aside = folder.with_name(f"{folder.name}.damaged-1")
+    assert (aside / file).read_bytes() == whole[:-3]
+    made = path.stat().st_mtime_ns
+    assert workspace.run(*settings) == 0  # a whole one stays
+    assert path.stat().st_mtime_ns == made
+    assert len(list(folder.parent.iterdir())) == 2
+
+
+def test_a_checkpoint_says_where_it_comes_from(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("quantizer=rtn", "bits=w4", "bc=off", "quantizer.symmetric=true", "save_model=true")
+    assert workspace.run(*settings) == 0
+    (folder,) = (workspace.results / "checkpoints").iterdir()
+    facts = provenance_of(open_model(folder))
+    result = json.loads(next(workspace.cells()[0].glob("result.json")).read_text())
+    assert facts["cell"] == result["cell"] and facts["config"] == result["config"]
+    for key in ("commit", "versions", "device", "seeds"):
+        assert facts[key] == result["provenance"][key]
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed (extra 'export')")
+    capsys.readouterr()
+    assert export.main([f"checkpoint={folder}", f"folder={tmp_path / 'out'}"]) == 0
+    assert f"made from cell {facts['cell'][:8]}, commit {facts['commit']}" in capsys.readouterr().out
+
+
+@pytest.fixture
+def saved(shared: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A checkpoint in the home folder, with no hashes of the tokenizer's files, as they were once written."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = tiny_model("opt")
+    bc.quantize(model, "rtn", "w4", "off", symmetric=True, device="cpu")
+    bc.save(model, "~/saved")
+    make_tokenizer().save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_a_checkpoint_may_be_named_from_home(saved: Path) -> None:
+    assert main(["checkpoint=~/saved", "prompt=ab", "tokens=2", "device=cpu"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", None),
+        ("tokenizer_config.json", "{"),
+    ],
+)
+def test_a_damaged_tokenizer_is_told_from_none(
+    file: str, content: str | None, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is None:
+        (saved / file).unlink()
+    else:
+        (saved / file).write_text(content)
+    assert main([f"checkpoint={saved}", "prompt=ab"]) == 2
+    assert_one_line(capsys, "the tokenizer's", "tokenizer_config.json" if content is None else file, "is damaged")
+    assert export.main([f"checkpoint={saved}", f"folder={tmp_path / 'out'}"]) == 2
+    assert_one_line(capsys, "is damaged")
+    assert not (tmp_path / "out").exists()
+    for path in saved.glob("tokenizer*"):
+        path.unlink()
+    assert main([f"checkpoint={saved}", "prompt=ab"]) == 2
+    assert_one_line(capsys, "no tokenizer in")
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed (extra 'export')")
+    assert export.main([f"checkpoint={saved}", f"folder={tmp_path / 'out'}"]) == 0
+
+
+def test_a_prompt_without_tokens_is_refused(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
+    tokenizer.save_pretrained(saved)
+    assert main([f"checkpoint={saved}", "prompt= "]) == 2
+    assert_one_line(capsys, "prompt: ' ' gives this tokenizer no tokens")
 
 
 def test_a_checkpoint_is_exported(workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,6 +282,9 @@ def test_a_text_longer_than_the_table_of_positions_is_refused() -> None:
     check_length(tiny_model("opt"), 5, longest - 5)
     with pytest.raises(UserError, match=rf"tokens: {longest} after the prompt's 5 .* set tokens={longest - 5} or less"):
         check_length(tiny_model("opt"), 5, longest)
+    for prompt in (longest, longest + 7):
+        with pytest.raises(UserError, match=rf"prompt: its {prompt} tokens leave none .*{longest} .* a shorter one$"):
+            check_length(tiny_model("opt"), prompt, 1)
     check_length(tiny_model("llama"), 5, 10_000)
 
 
