@@ -26,6 +26,8 @@ from bc.grid import QuantizedWeight, group_index
 from bc.quantizers import available
 from bc.quantizers.base import STORABLE, SiteResult
 
+INTEGERS = (torch.int16, torch.int32)  # stand for int64; earlier files have 32 bits for indices of groups, too
+
 
 class DamagedFileError(ValueError):
     """A file of ours is truncated, altered or not what it should be; the message names it."""
@@ -128,8 +130,13 @@ def store_weight(name: str, weight: Any, tensors: dict[str, Tensor]) -> dict[str
         if bits:
             site["packed"][field.name] = {"shape": list(value.shape), "bits": bits}
             value = pack(value.to(torch.uint8), bits)
-        tensors[f"{name}.{field.name}"] = value.to(torch.int32) if value.dtype == torch.int64 else value
+        tensors[f"{name}.{field.name}"] = value.to(_integer(field.name, value)) if value.dtype == torch.int64 else value
     return site
+
+
+def _integer(field: str, value: Tensor) -> torch.dtype:
+    """Type that whole numbers are stored as; indices of groups as the 16 bits that the accounting counts."""
+    return torch.int16 if field == "group" and int(value.max()) < 2**15 else torch.int32
 
 
 def _run_length(group: Tensor) -> int:
@@ -157,7 +164,7 @@ def restore_weight(name: str, site: dict[str, Any], tensors: dict[str, Tensor]) 
             as_found = codes if field.name == "codes" else codes.bool()  # what else is packed was bool
             values[field.name] = codes.float() if field.name == "zero_point" else as_found
         elif key in tensors:
-            values[field.name] = tensors[key].long() if tensors[key].dtype == torch.int32 else tensors[key]
+            values[field.name] = tensors[key].long() if tensors[key].dtype in INTEGERS else tensors[key]
     if "group_size" in site:
         values["group"] = group_index(site["columns"], site["group_size"])
     if "zero_point" not in values and any(field.name == "zero_point" for field in fields(cls)):

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from bc import activation_grids, storage
 from bc.activations import ActivationQuantizer
-from bc.checkpoint import DamagedFileError, load_means, load_weights, pack, save_means, save_weights, unpack
+from bc.checkpoint import FORMAT, DamagedFileError, load_means, load_weights, pack, save_means, save_weights, unpack
 from bc.grid import Grid, quantize_weight
 from bc.pipeline import calibrate, float_means
 from bc.quantizers import create
@@ -93,6 +93,27 @@ def test_the_file_is_about_as_large_as_the_storage_that_is_reported(name, tmp_pa
     reported = sum(r.weight.storage_bits() for r in results.values()) / 8
     index = sum(r.weight.codes.shape[1] * 4 for r in results.values())
     assert reported - index <= body <= reported + index + 2 * len(results)
+
+
+def test_indices_of_groups_take_the_bits_that_are_reported(tmp_path):
+    results = grid_like("act_order")
+    save_weights(tmp_path / "weights", results, {})
+    tensors, header = storage.read(tmp_path / "weights", FORMAT)
+    for name, result in results.items():
+        parts = [value for key, value in tensors.items() if key.startswith(f"{name}.")]
+        stored = sum(part.numel() * part.element_size() * 8 for part in parts)
+        assert 0 <= stored - result.weight.storage_bits() < 8 * len(parts)  # what fills the last byte
+    wide = {k: v.int() if k.endswith(".group") else v for k, v in tensors.items()}  # as it was once written
+    storage.write(tmp_path / "weights", wide, header)
+    found, _ = load_weights(tmp_path / "weights")
+    assert all(torch.equal(found[name].weight.group, result.weight.group) for name, result in results.items())
+
+
+def test_indices_of_more_groups_than_16_bits_hold_come_back(tmp_path):
+    weight = quantize_weight(torch.randn(1, 2**15 + 4), Grid(3, group_size=1))
+    weight.group, weight.trivial_groups = weight.group.flip(0), False
+    save_weights(tmp_path / "weights", {"a": SiteResult(weight)}, {})
+    assert torch.equal(load_weights(tmp_path / "weights")[0]["a"].weight.group, weight.group)
 
 
 def test_nothing_temporary_is_left(tmp_path):
