@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from bc.quantizers.awq import ScaledWeight, clip_ranges, column_scales, scaled_r
 from bc.quantizers.base import Group
 from bc.scaling import fold_input_scale, fold_scales, predecessors
 from bc.settings import Bits, Compensation
-from tests.conftest import MAKERS, tiny_model
+from tests.conftest import MAKERS, VOCABULARY, tiny_model
 
 
 def problem(seed: int, outliers: float, rows: int = 24, columns: int = 32) -> tuple[dict[str, Tensor], Tensor]:
@@ -51,18 +52,6 @@ def plain_loss(group: Group, bits: Bits) -> float:
 
 
 # The search ----------------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), columns=st.integers(1, 40), alpha=st.floats(0, 1), spread=st.floats(0, 6))
-def test_scaling_is_an_identity_in_float(seed, columns, alpha, spread):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(16, columns, generator=generator) * 10 ** (spread * torch.rand(columns, generator=generator) - 3)
-    weight = torch.randn(8, columns, generator=generator)
-    scale = column_scales(x.abs().mean(0), alpha).float()
-    assert bool((scale > 0).all()) and bool(torch.isfinite(scale).all())
-    got, wanted = linear((x / scale).double(), (weight * scale).double()), linear(x.double(), weight.double())
-    torch.testing.assert_close(got, wanted, atol=1e-6 * float(x.abs().max() * weight.abs().max()) * columns, rtol=0)
 
 
 def test_scales_follow_magnitudes_and_dead_channels_count_as_typical_ones():
@@ -269,6 +258,33 @@ def model_for_folding(name: str):
     config.num_key_value_heads = config.num_attention_heads
     torch.manual_seed(0)
     return type(model)(config).eval().requires_grad_(False)
+
+
+PLACES = [(name, number) for name, before in FOLDED.items() for number, path in enumerate(before) if path]
+
+
+@cache
+def in_double(name: str) -> tuple[torch.nn.Module, Tensor, Tensor]:
+    model = model_for_folding(name).double()
+    ids = torch.randint(4, VOCABULARY, (2, 6), generator=torch.Generator().manual_seed(0))
+    return model, ids, model(input_ids=ids).logits
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(PLACES), st.integers(0, 2), st.integers(0, 10**6), st.floats(0, 1), st.floats(0, 6))
+def test_scaling_is_an_identity_in_float(place, index, seed, alpha, spread):
+    """At every place of every family that allows it, for scales as the search makes them."""
+    name, number = place
+    model, ids, expected = in_double(name)
+    model, family = copy.deepcopy(model), family_of(model)
+    site = f"{family.blocks}.{index}.{family.linears[number][0]}"
+    kept = model.get_submodule(site).weight.clone()
+    draw = torch.rand(kept.shape[1], generator=torch.Generator().manual_seed(seed))
+    scale = column_scales(10 ** (spread * draw - 3), alpha).double()
+    assert bool((scale > 0).all()) and bool(torch.isfinite(scale).all())
+    fold_input_scale(model, site, scale)
+    torch.testing.assert_close(model.get_submodule(site).weight, kept * scale, atol=0, rtol=1e-6)
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", FOLDED)
