@@ -14,8 +14,8 @@ FAMILY = Family(
     ),
     opens=("attention", "", "mlp", ""),
     before=("input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj"),
-    attention=Region("self_attn", "self_attn"),
-    mlp=Region("mlp", "mlp"),
+    attention=Region("self_attn", "self_attn.o_proj"),
+    mlp=Region("mlp", "mlp.down_proj"),
     tail=("model.norm", "lm_head"),
     catalogue={
         "llama_7b": Source("huggyllama/llama-7b"),

@@ -14,7 +14,7 @@ FAMILY = Family(
     ),
     opens=("attention", "", "mlp", ""),
     before=("self_attn_layer_norm", "self_attn.v_proj", "final_layer_norm", "fc1"),
-    attention=Region("self_attn", "self_attn"),
+    attention=Region("self_attn", "self_attn.out_proj"),
     mlp=Region("fc1", "fc2"),
     tail=("model.decoder.final_layer_norm", "model.decoder.project_out", "lm_head"),
     catalogue={

@@ -474,6 +474,18 @@ def test_a_channel_bias_folds(name):
     assert all(s.folded and s.granularity == "channel" for s in report.sites)
 
 
+@pytest.mark.parametrize(("name", "folds"), [("opt", True), ("opt_350m", True), ("llama", True), ("bloom", False)])
+def test_a_channel_bias_of_a_part_that_ends_in_a_linear_folds_into_it(name, folds):
+    """BLOOM's parts end in the sum with what went past them."""
+    model = tiny_model(name)
+    settings = Compensation(("attention", "mlp"), "channel")
+    result, report = quantized(model, settings)
+    parts = [site for site in report.sites if site.scope in ("attention", "mlp")]
+    assert len(parts) == 6
+    assert all(part.folded is folds for part in parts)
+    assert any(isinstance(m, BiasCompensation) for m in result.modules()) is not folds
+
+
 # The engine's settings do not change results --------------------------------------------------------------------------
 
 
