@@ -20,8 +20,8 @@ class QuantizationError(RuntimeError):
 def headless(model: object) -> UserError:
     """Build the error for a language model without logits."""
     return UserError(
-        f"model: a {type(model).__name__} puts out no logits of tokens; load it as a causal language model, with bc.load or "
-        "AutoModelForCausalLM"
+        f"model: a {type(model).__name__} puts out no logits of tokens; load it as a causal language model, with "
+        "bc.load or AutoModelForCausalLM"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -9,14 +10,16 @@ from pathlib import Path
 from bc.data.sources import hub_is_off, hub_trouble
 from bc.errors import UserError
 
+PATIENCE = 300.0  # seconds for which an answer, or none, is believed
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".npz")
 
 
 def require(missing: Sequence[str]) -> None:
     """Refuse at once what is neither local nor in the hub's cache, where the hub does not answer.
 
-    It is asked once in a process, and only where something is missing; where downloads are off nothing is asked, and
-    each thing says for itself that it is missing.
+    It is asked only where something is missing, and while it does not answer once in five minutes: a sweep's other
+    cells are told at once, and those after an outage run. Where downloads are off nothing is asked, and each thing says
+    for itself that it is missing.
 
     Args:
         missing: What has to be downloaded, each with what to set instead.
@@ -24,7 +27,7 @@ def require(missing: Sequence[str]) -> None:
     Raises:
         UserError: The hub does not answer.
     """
-    if missing and not hub_is_off() and (trouble := _trouble()):
+    if missing and not hub_is_off() and (trouble := _trouble(int(time.monotonic() // PATIENCE))):
         raise UserError(
             f"hub: {trouble}, and neither local nor in its cache: {'; '.join(dict.fromkeys(missing))}; "
             "set these, connect to the hub, or set HF_ENDPOINT to a mirror"
@@ -32,7 +35,8 @@ def require(missing: Sequence[str]) -> None:
 
 
 @cache
-def _trouble() -> str:
+def _trouble(period: int) -> str:
+    """Why the hub cannot be had, found once a period."""
     return hub_trouble()
 
 
