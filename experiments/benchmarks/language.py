@@ -50,7 +50,7 @@ VISION_SMALL = VISION | {"img_size": 32, "embed_dim": 48}
 CURVES = {
     "samples": [{"samples": n} for n in (8, 16, 32, 64, 128, 256)],
     "blocks": [{"blocks": n} for n in (2, 4, 8, 16, 24)],
-    "width": [{"width": n, "inner": 2 * n, "heads": n // 64} for n in (256, 512, 1024, 2048)],
+    "width": [{"width": n, "inner": 2 * n, "heads": n // 64} for n in (256, 512, 1024, 2048, 4096)],
 }
 POINT = {"blocks": 2, "width": 256, "heads": 4, "inner": 512, "samples": 16, "window": 128}
 
