@@ -46,7 +46,9 @@ def made_whole(folder: Path) -> Iterator[Path]:
     temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
     try:
         with one_line_disk_errors("folder", folder.parent):
-            temporary.mkdir(parents=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()  # an error of this one names a folder that nobody asked for
+        with one_line_disk_errors("folder", folder.parent):
             yield temporary
             temporary.rename(folder)
     except OSError as error:  # the kernel's own file systems say that there is no such file
