@@ -213,9 +213,8 @@ def _require_complete(name: str, target: str, loaded: dict[str, Any]) -> None:
     )
     for keys, what in ((missing, "are not in its files"), (mismatched, "have other shapes than its config.json says")):
         if keys:
-            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise UserError(
-                f"model: {keys[0]}{more} of {name!r} {what} ({target!r}); give the whole checkpoint of a causal "
+                f"model: {_first_of(keys)} of {name!r} {what} ({target!r}); give the whole checkpoint of a causal "
                 "language model, as save_pretrained writes it"
             )
 
@@ -225,11 +224,14 @@ def _require_read(name: str, target: str, loaded: dict[str, Any], family: Family
     inside = re.compile(rf"(^|\.){re.escape(family.blocks.rpartition('.')[2])}\.\d+\.(.*\.)?(weight|bias)$")
     unread = sorted(key for key in loaded.get("unexpected_keys", ()) if inside.search(key))
     if unread:
-        more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
         raise UserError(
-            f"model: the files of {name!r} ({target!r}) hold {unread[0]}{more}, which the model of their config.json "
+            f"model: the files of {name!r} ({target!r}) hold {_first_of(unread)}, which the model of their config.json "
             "has no place for; give the config.json that belongs to them"
         )
+
+
+def _first_of(keys: list[str]) -> str:
+    return keys[0] + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
 
 
 def load_tokenizer(name: str, *, path: str | None = None) -> PreTrainedTokenizerBase:
