@@ -15,7 +15,7 @@ def table_lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("|")]
 
 
-@pytest.mark.parametrize("name", ["table2_embedded", "table3_embedded", "table4_embedded", "granularity_vision"])
+@pytest.mark.parametrize("name", ["table2_embedded", "table4_embedded", "granularity_vision"])
 def test_the_results_tables_are_the_committed_ones(name: str) -> None:
     shown = re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", (ROOT / "README.md").read_text("utf8"), re.DOTALL)
     assert shown is not None
@@ -23,12 +23,11 @@ def test_the_results_tables_are_the_committed_ones(name: str) -> None:
     assert table_lines(shown[1]) == table_lines(made)
 
 
-def test_the_excerpt_of_a_table_is_of_the_committed_one() -> None:
-    shown = re.search(
-        r"<!-- table1_embedded, .*? -->\n(.*?)<!-- end -->", (ROOT / "README.md").read_text("utf8"), re.DOTALL
-    )
+@pytest.mark.parametrize("name", ["table1_embedded", "table3_embedded"])
+def test_the_excerpt_of_a_table_is_of_the_committed_one(name: str) -> None:
+    shown = re.search(rf"<!-- {name}, .*? -->\n(.*?)<!-- end -->", (ROOT / "README.md").read_text("utf8"), re.DOTALL)
     assert shown is not None
-    made = table_lines((ROOT / "results" / "tables" / "table1_embedded.md").read_text("utf8"))
+    made = table_lines((ROOT / "results" / "tables" / f"{name}.md").read_text("utf8"))
     assert len(table_lines(shown[1])) > 2 and table_lines(shown[1]) == [x for x in made if x in table_lines(shown[1])]
 
 
