@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bc.errors import UserError
+from bc.packing import packed
 from bc.quantizers.base import SiteResult
 
 ROWS = 256  # at a time: what is made of them stays in the cache
@@ -87,7 +88,7 @@ def fold_affine(module: nn.Module, result: SiteResult, scale: Tensor, shift: Ten
         new = replace(new, scale=weight.scale * factor)
         if hasattr(weight, "zero_point"):
             new = replace(new, zero_point=weight.zero_point.expand(new.scale.shape).clone())
-        result = replace(result, weight=new)
+        result = packed(SiteResult(new, result.inputs, result.notes))
         own.weight.data = new.dequantize().to(own.weight).view_as(own.weight)
     else:
         own.weight.data = own.weight * scale.to(own.weight).view(-1, *[1] * (own.weight.dim() - 1))

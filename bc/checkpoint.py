@@ -16,20 +16,12 @@ from bc.compensation import BiasCompensation, attach
 from bc.errors import UserError
 from bc.linear_map import LinearMap
 from bc.models import submodule
+from bc.packing import pack, unpack
 from bc.positions import PositionContext
 from bc.quantizers.base import SiteResult
 from bc.regularise import LowRank
 from bc.statistics import PositionSums
-from bc.storage import (
-    DamagedFileError,
-    errors_of_the_system,
-    pack,
-    read,
-    restore_result,
-    store_result,
-    unpack,
-    write,
-)
+from bc.storage import DamagedFileError, errors_of_the_system, read, restore_result, store_result, write
 
 __all__ = [
     "DamagedFileError",
@@ -206,12 +198,12 @@ def open_model(folder: Path) -> nn.Module:
         UserError: The folder holds no such model.
         DamagedFileError: The file, or one that was saved beside it, is missing, truncated or altered.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     path, tensors, header = _read_whole(folder)
     config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
     options: dict[str, Any] = {"dtype": getattr(torch, header["dtype"]), "attn_implementation": header["attention"]}
-    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+    model = _skeleton(config, options, tensors)
     if (path.parent / GENERATION).is_file():
         try:
             model.generation_config = GenerationConfig.from_pretrained(path.parent)
@@ -225,6 +217,18 @@ def open_model(folder: Path) -> nn.Module:
         raise DamagedFileError(f"{path}: the file does not fit its config.json ({error})") from error
     model.__dict__["_provenance"] = json.loads(header.get("provenance", "{}"))
     return model.eval().requires_grad_(False)
+
+
+def _skeleton(config: Any, options: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    """A model of a configuration whose weights take no memory yet, where the file has all that it needs."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+    computed = any(isinstance(value, Tensor) for module in model.modules() for value in vars(module).values())
+    if not computed and all(f"{BUFFER}{name}" in tensors for name in _unsaved(model)):  # earlier files have no buffers
+        return model
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
 
 
 def provenance_of(model: nn.Module) -> dict[str, Any]:
@@ -293,14 +297,15 @@ def _fill(
         assert isinstance(own, Tensor)
         assert result.weight is not None
         rest[f"{name}.weight"] = result.weight.dequantize().to(own.dtype)
-    missing, unexpected = model.load_state_dict(rest, strict=False)
+    missing, unexpected = model.load_state_dict(rest, strict=False, assign=True)
     tied = {key for key in missing if key.endswith("lm_head.weight") and model.config.tie_word_embeddings}  # type: ignore[union-attr]
     absent = [k for k in missing if k not in tied and ".compensation." not in k]
     if absent or unexpected:
         raise ValueError(f"missing {absent[:3]}, unexpected {unexpected[:3]}")
-    for name, buffer in _unsaved(model).items():
+    for name in _unsaved(model):
         if f"{BUFFER}{name}" in tensors:  # a model that was cast has others than a new one
-            buffer.data = tensors[f"{BUFFER}{name}"]
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, tensors[f"{BUFFER}{name}"])
     model.tie_weights()  # type: ignore[operator]
     model.__dict__["_quantized"] = results
 

@@ -18,7 +18,7 @@ from bc.models import family_of, submodule
 from bc.quantizers.awq import ScaledWeight
 from bc.quantizers.base import SiteResult
 from bc.scaling import folded_copy
-from bc.storage import errors_of_the_system, share
+from bc.storage import apart, errors_of_the_system, share
 
 BIAS_SWITCHES = {"llama": (("self_attn.", "attention_bias"), ("mlp.", "mlp_bias"))}
 
@@ -80,7 +80,7 @@ def export_compressed_tensors(model: nn.Module, folder: Path, tokenizer: Any = N
     if config.tie_word_embeddings:
         tensors.pop(f"{family_of(model).head}.weight", None)
     path = folder / "model.safetensors"
-    tensors = {k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    tensors = apart(tensors)
     with errors_of_the_system(path):
         save_file(tensors, path, {"format": "pt"})
     share(path)

@@ -23,6 +23,7 @@ from bc.fitting import Fit
 from bc.grid import finite
 from bc.install import install, installed
 from bc.matching import check_goes_with, require_second_moments
+from bc.packing import packed
 from bc.parts import Part, leading
 from bc.passes import input_sums, linears, second_moments
 from bc.progress import track
@@ -190,7 +191,7 @@ def calibrate(
         devices.trim()
         for name, result in found.items():
             _to_cpu(result.weight)
-            results[name] = result
+            results[name] = packed(result)
     return results
 
 

@@ -1,4 +1,4 @@
-"""Files of ours: safetensors with a hash of their content, codes packed to their bit width, written atomically."""
+"""Files of ours: safetensors with a hash of their content, written atomically."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -22,44 +20,13 @@ from torch import Tensor
 
 from bc.activation_grids import Noisy
 from bc.activations import ActivationQuantizer
-from bc.grid import QuantizedWeight, group_index
+from bc.packing import PackedResult, packed
 from bc.quantizers import available
-from bc.quantizers.base import STORABLE, SiteResult
-
-INTEGERS = (torch.int16, torch.int32)  # stand for int64; earlier files have 32 bits for indices of groups, too
+from bc.quantizers.base import SiteResult
 
 
 class DamagedFileError(ValueError):
     """A file of ours is truncated, altered or not what it should be; the message names it."""
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes into bytes, ``bits`` bits each, most significant bit first.
-
-    Args:
-        codes: uint8, any shape, values below 2^bits.
-        bits: 1 to 8.
-
-    Returns:
-        uint8, shape (ceil(codes · bits / 8),).
-    """
-    flat = codes.reshape(-1).cpu().numpy()
-    planes = np.unpackbits(flat[:, None], axis=1)[:, 8 - bits :]
-    return torch.from_numpy(np.packbits(planes.reshape(-1)))
-
-
-def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
-    """Inverse of :func:`pack`: uint8 codes of the given shape."""
-    count = int(np.prod(shape))
-    planes = np.unpackbits(packed.cpu().numpy(), count=count * bits).reshape(count, bits)
-    padded = np.concatenate([np.zeros((count, 8 - bits), np.uint8), planes], axis=1)
-    return torch.from_numpy(np.packbits(padded, axis=1).reshape(shape).copy())
-
-
-def _weights() -> dict[str, type]:
-    """Forms of quantized weights by what files call them."""
-    available()  # every quantizer's file has been read then
-    return {"affine": QuantizedWeight, **STORABLE}
 
 
 def _activations(base: type[ActivationQuantizer] = ActivationQuantizer) -> dict[str, type[ActivationQuantizer]]:
@@ -73,7 +40,14 @@ def _activations(base: type[ActivationQuantizer] = ActivationQuantizer) -> dict[
 
 def store_result(name: str, result: SiteResult, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Put the tensors of a site's result beside the others; returns what the header has to say of it."""
-    site = {} if result.weight is None else store_weight(name, result.weight, tensors)
+    site: dict[str, Any] = {}
+    if result.weight is not None:
+        waiting = packed(result)
+        if not isinstance(waiting, PackedResult):
+            kind = type(result.weight).__name__
+            raise TypeError(f"{name}: a {kind} cannot be saved; mark it with bc.quantizers.base.storable")
+        site |= waiting.facts
+        tensors |= {f"{name}.{field}": value for field, value in waiting.tensors.items()}
     site["notes"] = result.notes
     if result.inputs:
         inputs = [_store_input(f"{name}.input{i}", quantizer, tensors) for i, quantizer in enumerate(result.inputs)]
@@ -82,10 +56,25 @@ def store_result(name: str, result: SiteResult, tensors: dict[str, Tensor]) -> d
 
 
 def restore_result(name: str, site: dict[str, Any], tensors: dict[str, Tensor]) -> SiteResult:
-    """A site's result from its tensors and what the header says of it."""
-    weight = restore_weight(name, site, tensors) if "kind" in site else None
+    """A site's result, with its weight still packed, from its tensors and what the header says of it.
+
+    Raises:
+        KeyError, TypeError, ValueError: The tensors are not those of the header.
+    """
     inputs = [_restore_input(f"{name}.input{i}", facts, tensors) for i, facts in enumerate(site.get("inputs", ()))]
-    return SiteResult(weight, inputs, site["notes"])
+    if "kind" not in site:
+        return SiteResult(None, inputs, site["notes"])
+    facts = {key: value for key, value in site.items() if key not in ("notes", "inputs")}
+    result = PackedResult(facts, _of(name, tensors), inputs, site["notes"])
+    assert result.weight is not None  # what does not fit its header is found out here, not in the middle of a run
+    return result
+
+
+def _of(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors directly below a name, by what follows it."""
+    start = f"{name}."
+    own = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
+    return {key: value for key, value in own.items() if "." not in key}
 
 
 def _store_input(name: str, quantizer: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -105,77 +94,13 @@ def _restore_input(name: str, facts: dict[str, Any], tensors: dict[str, Tensor])
     values: dict[str, Any] = {key: value for key, value in facts.items() if key != "kind"}
     if "base" in values:
         values["base"] = _restore_input(f"{name}.base", facts["base"], tensors)
-    start = f"{name}."
-    own = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
-    return cls(**values, **{key: value for key, value in own.items() if "." not in key})
-
-
-def store_weight(name: str, weight: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Put a weight's tensors, packed, beside the others; returns what the header has to say of it."""
-    kinds = [kind for kind, cls in _weights().items() if type(weight) is cls]
-    if not kinds:
-        raise TypeError(f"{name}: a {type(weight).__name__} cannot be saved; mark it with bc.quantizers.base.storable")
-    site: dict[str, Any] = {"kind": kinds[0], "values": {}, "packed": {}}
-    for field in fields(weight):
-        value = getattr(weight, field.name)
-        if not isinstance(value, Tensor):
-            site["values"][field.name] = value
-            continue
-        if field.name == "zero_point" and getattr(weight, "symmetric", False):  # known from the bit width
-            continue
-        if field.name == "group" and (size := _run_length(value)):  # known from the group size
-            site["columns"], site["group_size"] = len(value), size
-            continue
-        bits = _packed_bits(field.name, value, weight)
-        if bits:
-            site["packed"][field.name] = {"shape": list(value.shape), "bits": bits}
-            value = pack(value.to(torch.uint8), bits)
-        tensors[f"{name}.{field.name}"] = value.to(_integer(field.name, value)) if value.dtype == torch.int64 else value
-    return site
-
-
-def _integer(field: str, value: Tensor) -> torch.dtype:
-    """Type that whole numbers are stored as; indices of groups as the 16 bits that the accounting counts."""
-    return torch.int16 if field == "group" and int(value.max()) < 2**15 else torch.int32
-
-
-def _run_length(group: Tensor) -> int:
-    """Group size where the groups are runs of equal length in column order (the last may be shorter), else 0."""
-    size = int((group == 0).sum())
-    return size if size and torch.equal(group, group_index(len(group), size, group.device)) else 0
-
-
-def _packed_bits(field: str, value: Tensor, weight: Any) -> int:
-    """Bits that an element of a field is packed to; 0 leaves the tensor as it is."""
-    if value.dtype == torch.bool:
-        return 1
-    return int(weight.bits) if field in ("codes", "zero_point") else 0
-
-
-def restore_weight(name: str, site: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
-    """A weight from its tensors and what the header says of it."""
-    cls = _weights()[site["kind"]]
-    values: dict[str, Any] = dict(site["values"])
-    for field in fields(cls):
-        key = f"{name}.{field.name}"
-        if field.name in site["packed"]:
-            how = site["packed"][field.name]
-            codes = unpack(tensors[key], how["bits"], tuple(how["shape"]))
-            as_found = codes if field.name == "codes" else codes.bool()  # what else is packed was bool
-            values[field.name] = codes.float() if field.name == "zero_point" else as_found
-        elif key in tensors:
-            values[field.name] = tensors[key].long() if tensors[key].dtype in INTEGERS else tensors[key]
-    if "group_size" in site:
-        values["group"] = group_index(site["columns"], site["group_size"])
-    if "zero_point" not in values and any(field.name == "zero_point" for field in fields(cls)):
-        values["zero_point"] = torch.full_like(values["scale"], 2 ** (values["bits"] - 1))
-    return cls(**values)
+    return cls(**values, **_of(name, tensors))
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file that carries a hash of its content, by way of a temporary name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}  # sites may share one
+    tensors = apart(tensors)
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
     try:
         temporary = folder / path.name
@@ -187,6 +112,18 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
         temporary.replace(path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, contiguous and none sharing memory with another, as safetensors asks; copied only where need be."""
+    seen: set[int] = set()
+    out = {}
+    for name, value in tensors.items():
+        storage = value.untyped_storage()
+        shared = storage.data_ptr() in seen or storage.nbytes() != value.numel() * value.element_size()
+        seen.add(storage.data_ptr())
+        out[name] = value.clone(memory_format=torch.contiguous_format) if shared else value.contiguous()
+    return out
 
 
 @contextmanager

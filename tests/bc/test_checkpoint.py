@@ -95,6 +95,32 @@ def test_the_file_is_about_as_large_as_the_storage_that_is_reported(name, tmp_pa
     assert reported - index <= body <= reported + index + 2 * len(results)
 
 
+@pytest.mark.parametrize(("name", "bits"), [("rtn", 3), ("gptq", 2), ("awq", 4), ("billm", 1), ("sign", 1)])
+def test_results_wait_in_the_bits_that_are_reported(name, bits, tmp_path):
+    """In the byte or two a weight that they are made with, a large model's would not fit beside the model."""
+    made = results_of(bits, name=name)
+    save_weights(tmp_path / "weights", made, {})
+    for results in (made, load_weights(tmp_path / "weights")[0]):
+        for result in results.values():
+            kept = vars(result)
+            held = sum(t.numel() * t.element_size() * 8 for t in kept["tensors"].values())
+            assert 0 <= held - result.weight.storage_bits() < 8 * len(kept["tensors"])
+            assert result.weight is not result.weight and not any(k.endswith("weight") for k in kept)
+
+
+def test_too_few_bytes_are_refused():
+    with pytest.raises(ValueError, match="10 codes of 3 bits take 4 bytes, not 3"):
+        unpack(torch.zeros(3, dtype=torch.uint8), 3, (2, 5))
+
+
+def test_tensors_are_copied_only_where_they_share_memory():
+    a = torch.randn(4, 6)
+    found = storage.apart({"a": a, "again": a, "part": a[1:], "turned": torch.randn(3, 2).T, "own": torch.ones(2)})
+    assert found["a"] is a and all(value.is_contiguous() for value in found.values())
+    assert len({value.untyped_storage().data_ptr() for value in found.values()}) == 5
+    assert torch.equal(found["again"], a) and torch.equal(found["part"], a[1:])
+
+
 def test_indices_of_groups_take_the_bits_that_are_reported(tmp_path):
     results = grid_like("act_order")
     save_weights(tmp_path / "weights", results, {})

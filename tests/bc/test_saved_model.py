@@ -58,6 +58,20 @@ def test_a_model_that_was_cast_comes_back_with_its_buffers(token_ids, tmp_path):
     assert {n: b.dtype for n, b in again.named_buffers()} == {n: b.dtype for n, b in model.named_buffers()}
 
 
+def test_opening_draws_no_weights(token_ids, tmp_path):
+    """They would be thrown away: minutes, and a model's memory once more, for billions of weights."""
+    model = tiny_model("llama")
+    bc.quantize(model, "rtn", "w4", "sink", calibration=token_ids)
+    path = bc.save(model, tmp_path)
+    state = torch.get_rng_state()
+    again = bc.open(tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not [name for name, t in [*again.named_parameters(), *again.named_buffers()] if t.is_meta]
+    tensors, header = read(path, MODEL_FORMAT)  # as it was once written: without the buffers
+    write(path, {k: v for k, v in tensors.items() if not k.startswith("buffer/")}, header)
+    assert torch.equal(bc.open(tmp_path)(input_ids=token_ids).logits, model(input_ids=token_ids).logits)
+
+
 def test_how_a_model_generates_is_saved(token_ids, tmp_path):
     model = tiny_model("llama")
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = [2, 5], 7
