@@ -74,7 +74,7 @@ wandb-sync: setup ## upload to Weights & Biases what cells wrote offline (after 
 figures: setup ## draw every experiment that cells.csv has rows of, as PNG and SVG
 	@$(RUN) -m experiments.figures
 
-bench: setup ## measure what calibration costs beside the published protocols, into results/benchmarks (about 15 minutes)
+bench: setup ## measure what calibration costs beside the published protocols, into results/benchmarks (about 30 minutes)
 	$(RUN) -m experiments.benchmarks $(ARGS)
 
 report: figures ## write results/report/index.html, one file that needs no network, and results/costs.md

@@ -28,6 +28,7 @@ from bc import quantizers, vision
 from bc.calibration import Stream
 from bc.chains import chain_of
 from bc.install import install
+from bc.packing import PackedResult
 from bc.pipeline import Collection, Engine, calibrate, compensate
 from bc.quantizers.base import SiteResult
 from bc.settings import Bits, Compensation
@@ -211,7 +212,8 @@ def calibration(blocks: int, width: int, heads: int, inner: int, samples: int, w
     before = measure.peak_mib()
     results, sums = _layer_scope(model, ids, stages)
     weights = sum(p.numel() * p.element_size() for p in chain_of(model).units[0].module.parameters())
-    kept = [tensor for result in results.values() for tensor in vars(result.weight).values() if torch.is_tensor(tensor)]
+    packed = [result for result in results.values() if isinstance(result, PackedResult)]
+    kept = [tensor for result in packed for tensor in result.tensors.values()]
     kept += [part.total for part in sums.values()] + [b for name, b in model.named_buffers() if "compensation" in name]
     return {
         "cpu_seconds": sum(stages.seconds.values()),

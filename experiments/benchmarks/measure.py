@@ -8,7 +8,11 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -59,6 +63,40 @@ def peak_mib() -> float:
 def forget_peak() -> None:
     """Let the peak start anew from what the process has now; Linux alone can."""
     devices.reset_peak_memory(CPU)
+
+
+@dataclass
+class Memory:
+    """Most memory that this process itself held while it was watched, over what it had before, GiB."""
+
+    peak_gib: float = 0.0
+
+
+@contextmanager
+def own_memory(every: float = 0.02) -> Iterator[Memory]:
+    """Watch the process's own memory, without the pages of files that it maps; needs Linux.
+
+    Args:
+        every: Seconds between two looks.
+    """
+    memory, before, done = Memory(), _own_gib(), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(every):
+            memory.peak_gib = max(memory.peak_gib, _own_gib() - before)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield memory
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _own_gib() -> float:
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon:")) / 2**20
 
 
 def _measured(function_path: str, arguments: dict[str, Any]) -> dict[str, Any]:

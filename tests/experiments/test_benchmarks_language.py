@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import csv
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import bc
 from bc import quantizers, vision
 from bc.chains import chain_of
 from bc.compensation import compensation_of
 from bc.pipeline import Engine, calibrate, compensate
 from bc.settings import Bits, Compensation
-from experiments.benchmarks import gptq, language, literal_bc_vision, literal_language, measure
+from experiments.benchmarks import gptq, language, large, literal_bc_vision, literal_language, measure
 from tests.bc.vision.conftest import make
 from tests.conftest import VOCABULARY, tiny_model
 
@@ -132,3 +134,20 @@ def test_what_is_measured_is_kept_with_its_machine(tmp_path: Path) -> None:
         rows = list(csv.DictReader(stream))
     assert [(row["a"], row["b"]) for row in rows] == [("1", ""), ("2", "3")]
     assert all(row["cpu"] and torch.__version__.startswith(row["torch"]) and row["commit"] for row in rows)
+
+
+def test_a_large_models_memory_is_measured(tmp_path: Path) -> None:
+    """The model that is written is read as one of a hub is, and its own memory is what is told of."""
+    size = large.write_model(tmp_path / "float", 2, **large.SMALL)
+    model: Any = bc.load(tmp_path / "float", dtype="float16")
+    assert size * 2**30 == sum(p.numel() * 2 for p in model.parameters())
+    with measure.own_memory(0.001) as memory:
+        held = torch.ones(64 * 2**18)  # 64 MiB
+        time.sleep(0.1)
+    del held
+    time.sleep(0.01)
+    assert 0.06 < memory.peak_gib < 0.07
+    found = list(large.rows(tmp_path, large.SMALL | {"width": 32}, 1))
+    assert [row["stage"] for row in found] == ["quantize and save", "open and run"] * len(large.SETTINGS)
+    assert all(row["own_gib"] > 0 and row["checkpoint_gib"] > 0 for row in found)
+    assert [path.name for path in tmp_path.iterdir()] == ["float"]  # no checkpoint is left
