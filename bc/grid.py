@@ -9,6 +9,7 @@ s = absmax / (2^(b−1) − ½), the mean of the two conventions that clip neith
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -105,7 +106,7 @@ def affine_range(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple
 
 def encode(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """Codes of x on a grid: clamp(round(x / scale) + zero, 0, 2^bits − 1), in x's dtype (broadcasting)."""
-    return (torch.round(x / scale) + zero).clamp_(0, 2**bits - 1)
+    return torch.div(x, scale).round_().add_(zero).clamp_(0, 2**bits - 1)
 
 
 def decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -189,9 +190,15 @@ class QuantizedWeight:
     def dequantize(self) -> Tensor:
         """The quantized weight, fp32, shape (out, in)."""
         scale, zero = self.scale, self.zero_point
+        out = self.codes.to(torch.float32)
+        if scale.shape[1] > 1 and self.trivial_groups:
+            for columns, groups, size in _runs(out.shape[1], int((self.group == 0).sum())):
+                part = out[:, columns].unflatten(1, (-1, size))
+                part.sub_(zero[:, groups, None]).mul_(scale[:, groups, None])
+            return out
         if scale.shape[1] > 1:
             scale, zero = scale[:, self.group], zero[:, self.group]
-        return self.codes.to(torch.float32).sub_(zero).mul_(scale)  # as decode, in one piece of memory
+        return out.sub_(zero).mul_(scale)  # as decode, in one piece of memory
 
     def storage_bits(self) -> int:
         """Bits that the codes, scales, zero points and (where not trivial) the group index take on disk."""
@@ -215,6 +222,20 @@ def quantize_weight(weight: Tensor, grid: Grid) -> QuantizedWeight:
     """
     scale, zero = weight_parameters(weight, grid)
     group = group_index(weight.shape[1], grid.group_size, weight.device)
-    wide = scale.shape[1] > 1
-    codes = encode(weight.float(), scale[:, group] if wide else scale, zero[:, group] if wide else zero, grid.bits)
-    return QuantizedWeight(codes.to(torch.uint8), scale, zero, grid.bits, grid.symmetric, group)
+    if scale.shape[1] == 1:
+        codes = encode(weight.float(), scale, zero, grid.bits).to(torch.uint8)
+        return QuantizedWeight(codes, scale, zero, grid.bits, grid.symmetric, group)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    for columns, groups, size in _runs(weight.shape[1], grid.group_size):
+        part = weight[:, columns].float().unflatten(1, (-1, size))
+        codes[:, columns] = encode(part, scale[:, groups, None], zero[:, groups, None], grid.bits).flatten(1)
+    return QuantizedWeight(codes, scale, zero, grid.bits, grid.symmetric, group)
+
+
+def _runs(columns: int, size: int) -> Iterator[tuple[slice, slice, int]]:
+    """Columns, groups and group size: of all the whole groups at once, and of the shorter one at the end."""
+    whole = columns // size
+    if whole:
+        yield slice(0, whole * size), slice(0, whole), size
+    if columns % size:
+        yield slice(whole * size, columns), slice(whole, whole + 1), columns % size

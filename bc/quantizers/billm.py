@@ -62,15 +62,19 @@ class BinaryWeight:
 
     def dequantize(self) -> Tensor:
         """The binarized weight, fp32, shape (out, in)."""
-        block = torch.arange(len(self.salient), device=self.salient.device) // self.block_size
-        scales, means = self.scales.float()[:, block], self.means.float()[:, block]
-        kind = torch.zeros_like(self.signs, dtype=torch.int64)  # CONCENTRATED
-        kind[:, ~self.salient] = self.sparse.long()
+        scales, means = self.scales.float(), self.means.float()
+        kind = torch.zeros_like(self.signs, dtype=torch.uint8)  # CONCENTRATED
+        kind[:, ~self.salient] = self.sparse.to(torch.uint8)
         kind[:, self.salient] = SALIENT
-        out = scales.gather(2, kind[..., None])[..., 0] * _plus_minus(self.signs)
-        out[:, self.salient] += scales[:, self.salient, RESIDUAL] * _plus_minus(self.residual_signs)
-        if means.shape[2]:
-            out += means.gather(2, kind[..., None])[..., 0]
+        out = _plus_minus(self.signs)
+        block = torch.arange(len(self.salient), device=self.salient.device) // self.block_size
+        second = scales[:, block[self.salient], RESIDUAL] * _plus_minus(self.residual_signs)
+        blocks = list(zip(out.split(self.block_size, 1), kind.split(self.block_size, 1), strict=True))
+        for number, (part, kinds) in enumerate(blocks):
+            part.mul_(scales[:, number].gather(1, kinds.long()))
+        out[:, self.salient] += second
+        for number, (part, kinds) in enumerate(blocks if means.shape[2] else ()):
+            part.add_(means[:, number].gather(1, kinds.long()))
         return out
 
     def storage_bits(self) -> int:
