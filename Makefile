@@ -24,6 +24,8 @@ help: ## list the verbs
 setup: $(STAMP) ## make the environment in .venv, once
 
 $(STAMP): pyproject.toml requirements.lock
+	@free=$$(df -Pk . | awk 'NR == 2 {print int($$4 / 1000000)}'); [ "$$free" -ge 8 ] \
+		|| echo "note: $$free GB are free here; the environment takes up to 7 GB, most of it PyTorch's libraries for GPUs"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo 'error: PYTHON=$(PYTHON) is not Python 3.11 or newer; set PYTHON=python3.11'; exit 2; }
 	@$(RUN) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)

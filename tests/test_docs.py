@@ -90,6 +90,19 @@ def test_a_table_asks_first_for_what_it_needs(table: str, arguments: str, asked:
     assert f"+experiment=table{table}  {arguments.replace('$$', '$')}" in done.stdout
 
 
+@pytest.mark.parametrize(("free", "said"), [("2999999", "note: 2 GB are free here; "), ("8000000", "")])
+def test_a_disk_that_is_nearly_full_is_told_before_the_installation(free: str, said: str, tmp_path: Path) -> None:
+    told = tmp_path / "df"
+    told.write_text(f"#!/bin/sh\necho Filesystem\necho /dev/x 9999999 1 {free} 1% /\n", encoding="ascii")
+    told.chmod(0o755)
+    found_first = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["make", "setup", f"VENV={tmp_path / 'venv'}", "PYTHON=false"]  # ends before anything is installed
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=found_first)
+    assert done.returncode == 2 and "error: PYTHON=false is not Python 3.11" in done.stdout
+    assert done.stdout.partition("error")[0].startswith(said) and ("note" in done.stdout) == bool(said)
+    assert not (tmp_path / "venv").exists()
+
+
 def test_the_models_of_table1_are_each_read_from_a_file_of_their_name() -> None:
     from hydra import compose
 
