@@ -58,7 +58,8 @@ class ChannelMoments:
 
 def has_scales(result: SiteResult) -> bool:
     """Whether a site's weight has scales that can take a factor; a float weight takes it itself."""
-    return result.weight is None or hasattr(result.weight, "scale")
+    weight = result.weight
+    return weight is None or hasattr(weight, "scale")
 
 
 def fold_affine(module: nn.Module, result: SiteResult, scale: Tensor, shift: Tensor | None) -> SiteResult:

@@ -293,10 +293,9 @@ def _fill(
         _module(model, key.removesuffix(".bias")).bias = nn.Parameter(rest[key], requires_grad=False)
     results = _restore_all(sites, tensors)
     for name, result in results.items():
-        own = _module(model, name).weight
-        assert isinstance(own, Tensor)
-        assert result.weight is not None
-        rest[f"{name}.weight"] = result.weight.dequantize().to(own.dtype)
+        own, weight = _module(model, name).weight, result.weight
+        assert isinstance(own, Tensor) and weight is not None
+        rest[f"{name}.weight"] = weight.dequantize().to(own.dtype)
     missing, unexpected = model.load_state_dict(rest, strict=False, assign=True)
     tied = {key for key in missing if key.endswith("lm_head.weight") and model.config.tie_word_embeddings}  # type: ignore[union-attr]
     absent = [k for k in missing if k not in tied and ".compensation." not in k]

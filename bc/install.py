@@ -26,9 +26,10 @@ def install(module: nn.Module, result: SiteResult, device: torch.device | None =
     Raises:
         UserError: The weight is of another module.
     """
-    if result.weight is not None:
+    quantized = result.weight  # asked for once: it may have to be unpacked
+    if quantized is not None:
         weight: Any = module.weight
-        found = result.weight.dequantize()
+        found = quantized.dequantize()
         if found.numel() != weight.numel():
             raise UserError(
                 f"quantized: a weight of shape {tuple(found.shape)} does not fit one of {tuple(weight.shape)}; give "

@@ -75,6 +75,9 @@ class PackedResult(SiteResult):
         tensors: Its tensors by field, packed.
         inputs: As in :class:`bc.quantizers.base.SiteResult`.
         notes: As there.
+
+    Raises:
+        KeyError, TypeError, ValueError: The tensors are not those of the facts.
     """
 
     def __init__(
@@ -85,11 +88,16 @@ class PackedResult(SiteResult):
         notes: dict[str, Any],
     ) -> None:
         self.facts, self.tensors, self.inputs, self.notes = facts, tensors, inputs, notes
+        self._bits = self.weight.storage_bits()  # what does not fit is found out here, not in the middle of a run
 
     @property
     def weight(self) -> Quantized:  # type: ignore[override]
         """The weight, unpacked."""
         return restore_weight(self.facts, self.tensors)
+
+    def storage_bits(self) -> int:
+        """See :meth:`bc.quantizers.base.SiteResult.storage_bits`; nothing is unpacked for it."""
+        return self._bits
 
 
 def packed(result: SiteResult) -> SiteResult:

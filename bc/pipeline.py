@@ -369,7 +369,7 @@ class Storage:
         """Count one more site."""
         if site.weight is not None:
             self.weights += site.weight.numel()
-            stored = None if result.weight is None else result.weight.storage_bits()
+            stored = result.storage_bits()
             self.bits += site.weight.numel() * site.weight.element_size() * 8 if stored is None else stored
         self.bits += sum(quantizer.storage_bits() for quantizer in result.inputs)
 

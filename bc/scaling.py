@@ -23,6 +23,7 @@ from bc.chains import block_list
 from bc.errors import UserError
 from bc.grid import QuantizedWeight
 from bc.models import Family, family_of, submodule
+from bc.packing import packed
 from bc.parts import find, linear
 from bc.quantizers.awq import ScaledWeight
 from bc.quantizers.base import SiteResult
@@ -105,14 +106,14 @@ def fold_scales(model: nn.Module, results: dict[str, SiteResult]) -> dict[str, S
                 continue
             fold_input_scale(model, names[0], scale)
             for name, weight in zip(names, scaled, strict=True):
-                results[name] = SiteResult(weight.on_grid(), notes=results[name].notes)
+                results[name] = packed(SiteResult(weight.on_grid(), notes=results[name].notes))
             name = f"{family.blocks}.{i}.{before}"
             if name in results:
                 found = results[name].weight
                 assert isinstance(found, (QuantizedWeight, ScaledWeight))
                 rows = _rows(model, linear(block, before), len(scale)).to(found.scale.device)
                 divided = replace(found, scale=_divided(found.scale, rows, scale.to(found.scale.device)))
-                results[name] = SiteResult(divided, notes=results[name].notes)
+                results[name] = packed(SiteResult(divided, notes=results[name].notes))
     return results
 
 

@@ -66,6 +66,10 @@ class SiteResult:
     inputs: list[ActivationQuantizer] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
 
+    def storage_bits(self) -> int | None:
+        """Bits that the weight takes on disk; None where there is none."""
+        return None if self.weight is None else self.weight.storage_bits()
+
 
 @dataclass
 class Group:
