@@ -1,7 +1,7 @@
 """Draw results from cells.csv: ``python -m experiments.figures [EXPERIMENT …] [--results DIR]``.
 
 Without a name, every experiment that has rows is drawn. An experiment gets those of these figures that it has the rows
-for, each as PNG and SVG under ``results/figures``:
+for, each as PNG and SVG under ``results/figures``; an older one that its rows no longer make is removed:
 
 ====================  ==================================================================
 ``NAME``              every value as a bar with its number, where there are few enough
@@ -32,7 +32,7 @@ from experiments.arguments import reading_command
 from experiments.compose import load_experiment
 from experiments.data import EvaluationConfig
 from experiments.identity import cell_hash
-from experiments.style import save, styled
+from experiments.style import remove, save, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,11 +42,11 @@ NOTHING = "figures: cells.csv has no value of {}; run it, then python -m experim
 
 def drawn(
     experiment: frame.Experiment, settings: pd.DataFrame, sites: dict[str, list[dict[str, Any]]]
-) -> Iterator[tuple[str, Figure]]:
-    """Every figure of an experiment that there are rows for, with the ending of its name."""
+) -> Iterator[tuple[str, Figure | None]]:
+    """Every figure of an experiment by the ending of its name; None where there are no rows for it, or too many."""
     title = experiment.title
     beside = frame.with_published(settings, [experiment])
-    figures = {
+    yield from {
         "": plots.bars(title, settings),
         "_bits": plots.bits(title, settings),
         "_pareto": plots.pareto(title, settings),
@@ -54,8 +54,7 @@ def drawn(
         "_lengths": plots.lengths(title, settings, _windows(experiment.name) if settings["variant"].any() else {}),
         "_published": comparisons.published(title, beside),
         "_sites": comparisons.sites(title, settings, sites),
-    }
-    yield from ((ending, figure) for ending, figure in figures.items() if figure is not None)
+    }.items()
 
 
 def _windows(name: str) -> dict[str, int]:
@@ -86,7 +85,11 @@ def draw_all(names: Sequence[str], results: Path) -> Iterator[str]:
             continue
         with styled():
             for ending, figure in drawn(known[name], mine, sites):
-                yield from map(str, save(figure, results / "figures" / f"{name}{ending}"))
+                stem = results / "figures" / f"{name}{ending}"
+                if figure is not None:
+                    yield from map(str, save(figure, stem))
+                elif ending != "_sites":  # those errors are not in cells.csv: an earlier figure is still right
+                    yield from (f"removed: {path}" for path in remove(stem))
     if not names:
         with styled():
             if (printed := comparisons.printed_gains(frame.PUBLISHED)) is not None:

@@ -137,7 +137,7 @@ def bits(title: str, frame: pd.DataFrame) -> Figure | None:
     for line, (model, dataset) in zip(grid, places, strict=True):
         here = _of(frame, model=model, dataset=dataset)
         ticks = _bits(here[~here["is_float"]])
-        crowded = len(ticks) * 0.35 > width / len(methods) - 0.4
+        crowded = len(ticks) * max(0.35, 0.1 * max(map(len, ticks))) > width / len(methods) - 0.4  # inches
         for axes, method in zip(line, methods, strict=True):
             shown = here[(here["method"] == method) | here["is_float"]]
             _bits_panel(axes, shown, ticks, kinds, crowded)

@@ -198,6 +198,14 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     return paths
 
 
+def remove(stem: Path) -> list[Path]:
+    """Remove a figure in all formats; returns what was there."""
+    found = [path for ending in FORMATS if (path := stem.with_name(f"{stem.name}.{ending}")).exists()]
+    for path in found:
+        path.unlink()
+    return found
+
+
 def png(figure: Figure, dpi: int = 80) -> bytes:
     """A figure as PNG, small enough for a notebook."""
     stream = io.BytesIO()

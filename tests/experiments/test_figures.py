@@ -192,6 +192,33 @@ def test_the_same_rows_give_the_same_figure(tmp_path: Path) -> None:
     assert path.read_bytes() == first
 
 
+def test_a_figure_that_the_rows_no_longer_make_is_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(tmp_path / "cells.csv", vision_rows(quantizers=2))
+    sites, other = tmp_path / "figures" / "demo_sites.png", tmp_path / "figures" / "table1_bits.png"
+    assert figures.main(["demo", "--results", str(tmp_path)]) == 0
+    for path in (sites, other):  # the rows say nothing of either
+        path.write_bytes(b"")
+    write_rows(tmp_path / "cells.csv", vision_rows())  # too many for bars now
+    capsys.readouterr()
+    assert figures.main(["demo", "--results", str(tmp_path)]) == 0
+    removed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("removed")]
+    assert removed == [f"removed: {tmp_path / 'figures' / name}" for name in ("demo.png", "demo.svg")]
+    assert not (tmp_path / "figures" / "demo.png").exists() and sites.exists() and other.exists()
+
+
+def test_bit_widths_with_groups_are_turned_before_they_touch() -> None:
+    def labels(groups: tuple[int, ...]) -> list[Any]:
+        settings = [
+            {"w_bits": b, "group_size": g, "quantizer": q} for q in ("rtn", "gptq") for b in (3, 4) for g in groups
+        ]
+        figure = plots.bits("t", frame.settings(frame.frame_of([row(**s, cell=str(s)) for s in settings])))
+        assert figure is not None
+        return list(figure.axes[0].get_xticklabels())
+
+    for groups, turned in (((-1,), 0), ((-1, 64, 128, 256), 40)):
+        assert {label.get_rotation() for label in labels(groups)} == {turned}
+
+
 def test_benchmarks_are_drawn_from_their_last_run(tmp_path: Path) -> None:
     assert bench_plots.scaling(tmp_path) is None
     head = "curve,at,cpu_seconds,peak_mib,cpu_seconds_slope,peak_mib_slope,commit"
