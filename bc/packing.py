@@ -101,23 +101,19 @@ class PackedResult(SiteResult):
 
 
 def packed(result: SiteResult) -> SiteResult:
-    """A result that waits packed; as it is where there is no weight, or of a form that has no format."""
-    if isinstance(result, PackedResult) or type(result.weight) not in _weights().values():
+    """A result that waits packed; as it is where there is no weight, or of a form that was not marked as storable."""
+    if isinstance(result, PackedResult):
         return result
-    facts, tensors = store_weight(result.weight)
+    kind = next((kind for kind, form in _weights().items() if type(result.weight) is form), "")
+    if not kind:
+        return result
+    facts, tensors = store_weight(kind, result.weight)
     return PackedResult(facts, tensors, result.inputs, result.notes)
 
 
-def store_weight(weight: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a header has to say of a weight, and its tensors by field, packed.
-
-    Raises:
-        TypeError: The weight is of a form that was not marked as storable.
-    """
-    kinds = [kind for kind, cls in _weights().items() if type(weight) is cls]
-    if not kinds:
-        raise TypeError(f"a {type(weight).__name__} cannot be saved; mark it with bc.quantizers.base.storable")
-    site: dict[str, Any] = {"kind": kinds[0], "values": {}, "packed": {}}
+def store_weight(kind: str, weight: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a header has to say of a weight of a storable form, and its tensors by field, packed."""
+    site: dict[str, Any] = {"kind": kind, "values": {}, "packed": {}}
     tensors: dict[str, Tensor] = {}
     for field in fields(weight):
         value = getattr(weight, field.name)

@@ -41,13 +41,13 @@ def _activations(base: type[ActivationQuantizer] = ActivationQuantizer) -> dict[
 def store_result(name: str, result: SiteResult, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Put the tensors of a site's result beside the others; returns what the header has to say of it."""
     site: dict[str, Any] = {}
-    if result.weight is not None:
-        waiting = packed(result)
-        if not isinstance(waiting, PackedResult):
-            kind = type(result.weight).__name__
-            raise TypeError(f"{name}: a {kind} cannot be saved; mark it with bc.quantizers.base.storable")
+    waiting = packed(result)
+    if isinstance(waiting, PackedResult):
         site |= waiting.facts
         tensors |= {f"{name}.{field}": value for field, value in waiting.tensors.items()}
+    elif waiting.weight is not None:
+        kind = type(waiting.weight).__name__
+        raise TypeError(f"{name}: a {kind} cannot be saved; mark it with bc.quantizers.base.storable")
     site["notes"] = result.notes
     if result.inputs:
         inputs = [_store_input(f"{name}.input{i}", quantizer, tensors) for i, quantizer in enumerate(result.inputs)]
