@@ -16,6 +16,7 @@ from bc.quantizers.base import STORABLE, Quantized, SiteResult
 
 INTEGERS = (torch.int16, torch.int32)  # stand for int64; earlier files have 32 bits for indices of groups, too
 RUN = 8  # codes that fill a whole number of bytes at any bit width
+PIECE = RUN * 2**14  # codes that are packed at once, so that what this takes beside them stays in the cache
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -29,13 +30,18 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         uint8, shape (ceil(codes · bits / 8),).
     """
     flat = codes.reshape(-1).cpu().numpy()
-    runs = np.zeros((-(-len(flat) // RUN), RUN), np.uint8)
-    runs.reshape(-1)[: len(flat)] = flat
-    words = np.zeros(len(runs), np.uint64)  # the codes of a run, one after another
-    for i in range(RUN):
-        words |= runs[:, i].astype(np.uint64) << np.uint64(bits * (RUN - 1 - i))
-    ends = words.astype(">u8").view(np.uint8).reshape(len(runs), 8)[:, 8 - bits :]
-    return torch.from_numpy(ends.reshape(-1)[: packed_size(len(flat), bits)].copy())
+    out = np.empty(packed_size(len(flat), bits), np.uint8)
+    for start in range(0, len(flat), PIECE):
+        part = flat[start : start + PIECE]
+        runs = np.zeros((-(-len(part) // RUN), RUN), np.uint8)
+        runs.reshape(-1)[: len(part)] = part
+        words = np.zeros(len(runs), np.uint64)  # the codes of a run, one after another
+        for i in range(RUN):
+            words |= runs[:, i].astype(np.uint64) << np.uint64(bits * (RUN - 1 - i))
+        ends = words.astype(">u8").view(np.uint8).reshape(len(runs), 8)[:, 8 - bits :].reshape(-1)
+        first = packed_size(start, bits)
+        out[first : first + len(ends)] = ends[: len(out) - first]
+    return torch.from_numpy(out)
 
 
 def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
@@ -47,16 +53,22 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     count = int(np.prod(shape))
     if packed.numel() != packed_size(count, bits):
         raise ValueError(f"{count} codes of {bits} bits take {packed_size(count, bits)} bytes, not {packed.numel()}")
-    runs = -(-count // RUN)
-    data = np.zeros(runs * bits, np.uint8)
-    data[: packed.numel()] = packed.cpu().numpy()
-    ends = np.zeros((runs, 8), np.uint8)
-    ends[:, 8 - bits :] = data.reshape(runs, bits)
-    words = ends.reshape(-1).view(">u8").astype(np.uint64)
-    codes = np.empty((runs, RUN), np.uint8)
-    for i in range(RUN):
-        codes[:, i] = (words >> np.uint64(bits * (RUN - 1 - i))) & np.uint64(2**bits - 1)
-    return torch.from_numpy(codes.reshape(-1)[:count].reshape(shape))
+    data = packed.cpu().numpy()
+    codes = np.empty(count, np.uint8)
+    for start in range(0, count, PIECE):
+        part = codes[start : start + PIECE]
+        first = packed_size(start, bits)
+        ends = np.zeros((-(-len(part) // RUN), 8), np.uint8)
+        own = np.zeros(len(ends) * bits, np.uint8)
+        found = data[first : first + len(own)]
+        own[: len(found)] = found
+        ends[:, 8 - bits :] = own.reshape(len(ends), bits)
+        words = ends.reshape(-1).view(">u8").astype(np.uint64)
+        runs = np.empty((len(words), RUN), np.uint8)
+        for i in range(RUN):
+            runs[:, i] = (words >> np.uint64(bits * (RUN - 1 - i))) & np.uint64(2**bits - 1)
+        part[:] = runs.reshape(-1)[: len(part)]
+    return torch.from_numpy(codes.reshape(shape))
 
 
 def packed_size(count: int, bits: int) -> int:

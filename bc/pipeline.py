@@ -23,7 +23,7 @@ from bc.fitting import Fit
 from bc.grid import finite
 from bc.install import install, installed
 from bc.matching import check_goes_with, require_second_moments
-from bc.packing import packed
+from bc.packing import PackedResult, packed
 from bc.parts import Part, leading
 from bc.passes import input_sums, linears, second_moments
 from bc.progress import track
@@ -188,10 +188,8 @@ def calibrate(
     for unit in track(chain.units, f"{quantizer.name} {quantizer.bits.label}", unit="block"):
         with on_device(engine.device, unit.module):
             found = walk.unit(unit, last=unit is chain.units[-1])
+        results |= {name: _at_rest(found.pop(name)) for name in list(found)}
         devices.trim()
-        for name, result in found.items():
-            _to_cpu(result.weight)
-            results[name] = packed(result)
     return results
 
 
@@ -250,31 +248,44 @@ def _calibrate_unit(
         weights: dict[str, Any] = {unit.path(site): site.module.weight for site in sites}
         names = {unit.path(site): site.name for site in sites}
         group = Group({path: weight.data for path, weight in weights.items()}, hessians.pop(sites[0].name, None))
-        for path, weight in group.weights.items():
-            if not finite(weight):
-                raise QuantizationError(f"{names[path]}: the weight holds NaN or Inf; check the checkpoint")
-        if group.hessian is not None and not finite(group.hessian):
-            raise QuantizationError(f"{sites[0].name}: the inputs hold NaN or Inf; check the model and its dtype")
         if stream and quantizer.needs_inputs:
             opens = unit.opens[i] if i < len(unit.opens) else ""
             part = Part(unit.module, unit.regions[opens] if opens else None, stream, tuple(names))
             group.inputs, group.loss = part.inputs, part.loss
-        try:
-            results = quantizer.quantize_group(group)
-        except QuantizationError as error:
-            raise QuantizationError(f"{sites[0].name}: {error}") from error
-        for path, result in results.items():
-            if result.weight is None or not finite(result.weight.dequantize()):
-                raise QuantizationError(f"{names[path]}: the quantized weight is not finite; its range is too wide")
-            found[names[path]] = result
+        found |= _calibrate_group(quantizer, group, names)
         devices.trim()  # the next group may be wider
     return found
 
 
-def _to_cpu(weight: Any) -> None:
-    for key, value in vars(weight).items():
+def _calibrate_group(quantizer: Quantizer, group: Group, names: dict[str, str]) -> dict[str, SiteResult]:
+    """Results of the Linears of a group, by the name of each path; on the CPU they are packed already."""
+    first = next(iter(names.values()))
+    for path, weight in group.weights.items():
+        if not finite(weight):
+            raise QuantizationError(f"{names[path]}: the weight holds NaN or Inf; check the checkpoint")
+    if group.hessian is not None and not finite(group.hessian):
+        raise QuantizationError(f"{first}: the inputs hold NaN or Inf; check the model and its dtype")
+    try:
+        results = quantizer.quantize_group(group)
+    except QuantizationError as error:
+        raise QuantizationError(f"{first}: {error}") from error
+    found = {}
+    for path, result in results.items():
+        if result.weight is None or not finite(result.weight.dequantize()):
+            raise QuantizationError(f"{names[path]}: the quantized weight is not finite; its range is too wide")
+        here = group.weights[path].device.type == "cpu"  # on a GPU they feed the next unit before they leave it
+        found[names[path]] = packed(result) if here else result
+    return found
+
+
+def _at_rest(result: SiteResult) -> SiteResult:
+    """A result on the CPU, packed."""
+    if isinstance(result, PackedResult):
+        return result
+    for key, value in vars(result.weight).items():
         if isinstance(value, Tensor):
-            setattr(weight, key, value.cpu())
+            setattr(result.weight, key, value.cpu())
+    return packed(result)
 
 
 @torch.no_grad()

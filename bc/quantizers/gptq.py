@@ -76,7 +76,8 @@ def _invert_lower(matrix: Tensor) -> None:
     first, below, last = matrix[:half, :half], matrix[half:, :half], matrix[half:, half:]
     _invert_lower(first)
     _invert_lower(last)
-    below.copy_((last @ below @ first).neg_())
+    below.copy_(last @ below)  # one product at a time, so that only one lies beside the matrix
+    below.copy_((below @ first).neg_())
 
 
 def _reverse(matrix: Tensor) -> None:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from bc import activation_grids, storage
+from bc import activation_grids, packing, storage
 from bc.activations import ActivationQuantizer
 from bc.checkpoint import FORMAT, DamagedFileError, load_means, load_weights, pack, save_means, save_weights, unpack
 from bc.grid import Grid, quantize_weight
@@ -41,6 +41,15 @@ def test_packing_is_one_long_bit_string(bits):
     text = "".join(f"{int(c):0{bits}b}" for c in codes.reshape(-1))
     text += "0" * (-len(text) % 8)
     assert bytes(pack(codes, bits).tolist()) == int(text, 2).to_bytes(len(text) // 8, "big")
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_packing_piece_by_piece_is_packing_at_once(bits, monkeypatch):
+    codes = torch.randint(0, 2**bits, (61,), generator=torch.Generator().manual_seed(bits)).to(torch.uint8)
+    at_once = pack(codes, bits)
+    monkeypatch.setattr(packing, "PIECE", 2 * packing.RUN)
+    assert torch.equal(pack(codes, bits), at_once)
+    assert torch.equal(unpack(at_once, bits, (61,)), codes)
 
 
 def test_packing_does_not_care_for_memory_layout():
