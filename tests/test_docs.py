@@ -96,7 +96,13 @@ def test_a_disk_that_is_nearly_full_is_told_before_the_installation(free: str, s
     told.write_text(f"#!/bin/sh\necho Filesystem\necho /dev/x 9999999 1 {free} 1% /\n", encoding="ascii")
     told.chmod(0o755)
     found_first = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    command = ["make", "setup", f"VENV={tmp_path / 'venv'}", "PYTHON=false"]  # ends before anything is installed
+    command = [
+        "make",
+        "--no-print-directory",
+        "setup",
+        f"VENV={tmp_path / 'venv'}",
+        "PYTHON=false",
+    ]  # ends before anything is installed
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=found_first)
     assert done.returncode == 2 and "error: PYTHON=false is not Python 3.11" in done.stdout
     assert done.stdout.partition("error")[0].startswith(said) and ("note" in done.stdout) == bool(said)
